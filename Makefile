@@ -1,0 +1,41 @@
+# Every target sets the machine up first, so each works alone on a fresh checkout.
+.DEFAULT_GOAL := help
+.PHONY: help setup check test test-all demo
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Nodes share few cores: idle threads must sleep, not spin, and one process takes one core.
+export OMP_WAIT_POLICY := passive
+export OMP_NUM_THREADS := 1
+
+help:  ## Print the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Make .venv and install what constraints.txt pins (minutes once, then nothing)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[zoo,demo,dev]"
+	touch $@
+
+check: setup  ## Format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: setup  ## Tests without the slow ones, with coverage of every process
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+test-all: setup  ## Every test: all models, the long streams
+	$(BIN)/python -m pytest
+
+demo: setup  ## Send photographs through ResNet-50 on a device, two edges and a cloud
+	$(BIN)/python scripts/demo.py

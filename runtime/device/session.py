@@ -1,0 +1,423 @@
+"""What a user holds: state -> plan -> infer, for one input or a stream of them."""
+
+import dataclasses
+import itertools
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from runtime.deployment import Deployment, load_deployment
+from runtime.device.board import RequestFacts
+from runtime.device.client import Client, LocalModel
+from runtime.device.request import PROTECTION_FACTOR, Answer, Request
+from runtime.device.telemetry import Event, EventLog, write_status
+from runtime.errors import ConfigError, OffcutError, PeerTimeout
+from runtime.measure import load_profile
+from runtime.model.graph import trace, unflatten_outputs
+from runtime.model.inputs import Admitted, admit
+from runtime.model.segment import SegmentCache
+from runtime.model.zoo import load_model
+from runtime.planning.cost import estimate, sum_layers
+from runtime.planning.policies.registry import PolicySpec
+from runtime.planning.problem import PlanningProblem, Policy, check_plan, find_route
+from runtime.types import DEVICE_NODE, Constraints, GraphSpec, LatencyBreakdown, ModelProfile, Plan, SystemState
+from runtime.wire.codec import AutoCodec
+
+DEADLINE_FACTOR = 3.0
+"""Default deadline in predicted device-only latencies."""
+
+CONNECT_TIMEOUT_S = 10.0
+"""How long a new session waits for nodes that do not answer before it starts without them."""
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceResult:
+    """One answer: `output`, the `plan` it was asked with, and where its time went.
+
+    In a stream a request that failed is a result too; reading its `output` raises its error.
+    """
+
+    plan: Plan
+    latency: LatencyBreakdown | None
+    predicted: LatencyBreakdown
+    outcome: str  # remote, device, local, failed
+    reason: str
+    protected: bool
+    """Whether local completion alone could hold the deadline when the request came."""
+    deadline_met: bool
+    error: OffcutError | None
+    _output: Any
+
+    @property
+    def output(self) -> Any:
+        """What the whole model would have returned.
+
+        Raises:
+            OffcutError: what the request failed with.
+        """
+        if self.error is not None:
+            raise self.error
+        return self._output
+
+
+class Session:
+    """The device side of a deployment. Use as a context manager, or `close` it.
+
+    Several threads may call `infer` at once. Making a session sets torch's thread count for the process to `threads`:
+    outputs are bit-equal only between processes with the same number, and two threads under contention are slower
+    than one.
+
+    Args:
+        deployment: model, nodes, constraints.
+        policy: the rule that picks a plan for each request.
+        log_folder: where `events.jsonl` and `status.json` go; None writes neither.
+        threads: torch threads of this process.
+        connect_timeout_s: how long to wait for nodes that do not answer.
+
+    Raises:
+        ModelError: the model cannot be loaded or traced.
+        HandshakeError: a node runs another model, weights or version, or does not know our key.
+        PeerTimeout: the device holds no model and no node answered.
+        PlanError: no plan of this rule is legal here.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        policy: PolicySpec,
+        *,
+        log_folder: Path | None = None,
+        threads: int = 1,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.deployment = deployment
+        self.policy_spec = policy
+        self._began_at_s = time.perf_counter()
+        self._auto = AutoCodec()
+        self._local = _load_local(deployment, self._auto) if deployment.constraints.device_has_model else None
+        self._log_folder = log_folder
+        self._log = None if log_folder is None else EventLog(log_folder)
+        self._numbers = itertools.count(1)
+        self._counts: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._policies: dict[str, tuple[PlanningProblem, Policy]] = {}
+        self._client = Client(deployment, self._local, self._auto, on_end=self._on_end, on_second=self._write_status)
+        self._client.start()
+        try:
+            self._client.contacts.wait_described(connect_timeout_s)
+            self._check_contacts(connect_timeout_s)
+            self._policy(deployment.model.input_kind)  # refuses at once what can never be legal
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace_: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the session; requests that have not ended fail."""
+        self._client.close()
+        if self._log is not None:
+            self._log.close()
+
+    # --- using it ---------------------------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> GraphSpec:
+        """The model's layers, as the device or the first node that answered knows them."""
+        if self._local is not None:
+            return self._local.graph.spec
+        return next(c.graph for c in self._client.contacts if c.graph is not None)
+
+    @property
+    def model_id(self) -> str:
+        """Fingerprint of graph, weights and torch version."""
+        if self._local is not None:
+            return self._local.graph.model_id
+        return next(c.model_id for c in self._client.contacts if c.model_id)
+
+    def infer(self, x: Any, *, deadline_s: float | None = None, plan: Plan | None = None) -> InferenceResult:
+        """Run one request and wait for its answer.
+
+        Args:
+            x: path or bytes of a JPEG or PNG, a uint8 image, or the model's input tensor; a list of files or bytes for
+                batch sizes above 1.
+            deadline_s: for this request; None takes the deployment's, or three times the predicted device-only time.
+            plan: use this plan instead of asking the policy.
+
+        Raises:
+            InputError: the input is not one that the model takes.
+            PlanError: the plan is not legal here.
+            OffcutError: no answer was possible, such as `DeadlineExceeded` on a device without the model.
+        """
+        request = self._start(x, deadline_s, plan)
+        result = self._result(request)
+        if result.error is not None:
+            raise result.error
+        return result
+
+    def stream(
+        self, frames: Iterable[Any], *, in_flight: int = 3, deadline_s: float | None = None, plan: Plan | None = None
+    ) -> Iterator[InferenceResult]:
+        """Run requests that overlap, and yield their results in the order of the frames.
+
+        A frame that fails yields a result whose `output` raises; the stream goes on.
+
+        Args:
+            frames: inputs, as `infer` takes them.
+            in_flight: how many may be under way at once.
+            deadline_s: for each request.
+            plan: for each request, instead of asking the policy.
+        """
+        waiting: deque[Request | InferenceResult] = deque()
+        for frame in frames:
+            waiting.append(self._try_start(frame, deadline_s, plan))
+            while len(waiting) >= in_flight:
+                yield self._result(waiting.popleft())
+        while waiting:
+            yield self._result(waiting.popleft())
+
+    def state(self, input_kind: str, input_bytes: int, deadline_s: float) -> SystemState:
+        """What is known of nodes and links at this instant: what the policy would see."""
+        client = self._client
+        facts = RequestFacts(input_kind, input_bytes, deadline_s, client.backlog_s(), client.uplink_backlog_bytes)
+        return client.contacts.board.state(facts, time.perf_counter())
+
+    @property
+    def uplink_backlog_bytes(self) -> int:
+        """Bytes that wait for the device's uplinks or are on their way."""
+        return self._client.uplink_backlog_bytes
+
+    def problem(self, input_kind: str) -> PlanningProblem:
+        """What the policy was built for, with the profiles of all nodes that have described themselves."""
+        return self._policy(input_kind)[0]
+
+    # --- one request ------------------------------------------------------------------------------------------------
+
+    def _try_start(self, x: Any, deadline_s: float | None, plan: Plan | None) -> Request | InferenceResult:
+        try:
+            return self._start(x, deadline_s, plan)
+        except OffcutError as error:
+            return _failed_result(plan or Plan(()), error)
+
+    def _start(self, x: Any, deadline_s: float | None, plan: Plan | None) -> Request:
+        arrived_at_s = time.perf_counter()
+        admitted = admit(self.graph, x)
+        limit_s = self._deadline_s(admitted.kind, deadline_s)
+        with self._lock:  # policies are not asked to be thread safe
+            self._client.contacts.board.arrived(arrived_at_s)
+            problem, policy = self._policy(admitted.kind)
+            state = self.state(admitted.kind, admitted.nbytes, limit_s)
+            asked_at_s = time.perf_counter()
+            chosen = check_plan(problem, policy.plan(state) if plan is None else plan)
+            decision_s = time.perf_counter() - asked_at_s
+        request = self._make_request(admitted, chosen, problem, state, arrived_at_s, decision_s)
+        self._client.submit(request)
+        return request
+
+    def _make_request(
+        self,
+        admitted: Admitted,
+        plan: Plan,
+        problem: PlanningProblem,
+        state: SystemState,
+        arrived_at_s: float,
+        decision_s: float,
+    ) -> Request:
+        local_s = self._local_s(admitted.kind)
+        return Request(
+            number=next(self._numbers),
+            input_kind=admitted.kind,
+            values=dict(admitted.values),
+            plan=plan,
+            route=find_route(problem.graph, plan, admitted.kind),
+            state=state,
+            predicted=estimate(problem, plan, state),
+            policy=self.policy_spec.name,
+            arrived_at_s=arrived_at_s,
+            deadline_at_s=arrived_at_s + state.deadline_s,
+            is_protected=PROTECTION_FACTOR * local_s + state.device_backlog_s <= state.deadline_s,
+            decision_s=decision_s,
+        )
+
+    def _local_s(self, kind: str) -> float:
+        """Predicted device-only seconds; inf on a device without the model."""
+        if self._local is None:
+            return float("inf")
+        graph = self._local.graph.spec
+        return sum_layers(self._local.profile.layer_s, tuple(range(graph.entry(kind), graph.num_layers)))
+
+    def _deadline_s(self, kind: str, asked_s: float | None) -> float:
+        limit_s = asked_s if asked_s is not None else self.deployment.constraints.deadline_s
+        if limit_s is None:
+            limit_s = DEADLINE_FACTOR * self._local_s(kind)
+        if not limit_s > 0:
+            raise ConfigError(f"expected deadline_s > 0, got {limit_s}")
+        return limit_s
+
+    def _result(self, request: Request | InferenceResult) -> InferenceResult:
+        if isinstance(request, InferenceResult):
+            return request
+        future: Future[Answer] = request.future
+        try:
+            answer = future.result()
+        except OffcutError as error:
+            return dataclasses.replace(_failed_result(request.plan, error), predicted=request.predicted)
+        return InferenceResult(
+            plan=request.plan,
+            latency=answer.latency,
+            predicted=request.predicted,
+            outcome=answer.outcome,
+            reason=answer.reason,
+            protected=request.is_protected,
+            deadline_met=_met_deadline(request, answer),
+            error=None,
+            _output=unflatten_outputs(self.graph, answer.values),
+        )
+
+    # --- policy -----------------------------------------------------------------------------------------------------
+
+    def _policy(self, kind: str) -> tuple[PlanningProblem, Policy]:
+        """The policy for one input kind, built anew when a node has described itself since."""
+        nodes = {c.name: c.profile for c in self._client.contacts if c.profile is not None}
+        if self._local is not None:
+            nodes[DEVICE_NODE] = self._local.profile
+        known = self._policies.get(kind)
+        if known is None or known[0].profile.nodes != nodes:
+            profile = ModelProfile(self.graph, nodes)
+            problem = PlanningProblem(profile, self.deployment, self.deployment.constraints, kind)
+            known = (problem, self.policy_spec.build(problem))
+            self._policies[kind] = known
+        return known
+
+    def _check_contacts(self, waited_s: float) -> None:
+        for contact in self._client.contacts:
+            if contact.refused is not None:
+                raise contact.refused
+        if self._local is None and not any(c.is_described for c in self._client.contacts):
+            names = ", ".join(c.name for c in self._client.contacts)
+            raise PeerTimeout(
+                f"none of {names} answered within {waited_s:.0f} s and this device holds no model; start the nodes "
+                "with `offcut worker`, or set device_has_model = true"
+            )
+
+    # --- telemetry, in the loop's thread ------------------------------------------------------------------------------
+
+    def _on_end(self, request: Request, answer: Answer | None, error: OffcutError | None) -> None:
+        outcome = "failed" if answer is None else answer.outcome
+        self._counts[outcome] += 1
+        if request.reason:
+            self._reasons[request.reason.partition(":")[0]] += 1
+        if self._log is None:
+            return
+        self._log.write(
+            Event(
+                request=request.number,
+                arrived_after_s=request.arrived_at_s - self._began_at_s,
+                model_id=self.model_id,
+                policy=request.policy,
+                plan=request.plan.describe(),
+                tiers="".join(str(int(tier)) for tier in request.plan.tiers),
+                edge_nodes=request.plan.edge_nodes,
+                codec=request.plan.codec,
+                state=request.state,
+                predicted=request.predicted,
+                measured=None if answer is None else answer.latency,
+                outcome=outcome,
+                reason=request.reason if error is None else f"{type(error).__name__}: {error}",
+                deadline_met=answer is not None and _met_deadline(request, answer),
+                is_protected=request.is_protected,
+            )
+        )
+
+    def _write_status(self) -> None:
+        if self._log_folder is None:
+            return
+        board = self._client.contacts.board
+        state = self.state(self.deployment.model.input_kind, 0, 0.0)
+        plan = board.plan_in_force
+        write_status(
+            self._log_folder,
+            {
+                "version": 1,
+                "pid": os.getpid(),
+                "written_at_unix_s": time.time(),
+                "model": self.deployment.model.spec,
+                "policy": self.policy_spec.name,
+                "plan": None if plan is None else plan.describe(),
+                "outcomes": dict(self._counts),
+                "fallback_reasons": dict(self._reasons),
+                "device_backlog_s": state.device_backlog_s,
+                "uplink_backlog_bytes": state.uplink_backlog_bytes,
+                "nodes": state.nodes,
+                "breakers": {c.name: c.breaker.state.value for c in self._client.contacts},
+                "links": state.links,
+            },
+        )
+
+
+def _load_local(deployment: Deployment, auto: AutoCodec) -> LocalModel:
+    config = deployment.model
+    model = load_model(config.spec, weights=config.weights, seed=config.seed, batch_size=config.batch_size)
+    graph = trace(model)
+    segments = SegmentCache(graph)
+    return LocalModel(graph, segments, load_profile(graph, segments, model.example, auto))
+
+
+def _met_deadline(request: Request, answer: Answer) -> bool:
+    return request.arrived_at_s + answer.latency.total_s <= request.deadline_at_s
+
+
+def _failed_result(plan: Plan, error: OffcutError) -> InferenceResult:
+    nan = float("nan")
+    unknown = LatencyBreakdown({}, nan, {}, nan, nan, nan, nan, source="estimated")
+    return InferenceResult(plan, None, unknown, "failed", "", False, False, error, None)
+
+
+def connect(
+    deployment: Deployment | str | Path,
+    *,
+    policy: PolicySpec,
+    log_folder: Path | None = None,
+    constraints: Constraints | None = None,
+) -> Session:
+    """Open a session on a deployment.
+
+    Args:
+        deployment: the record, or the path of a `deployment.toml`.
+        policy: from `load_policy`.
+        log_folder: for events and status; None means `<file>.offcut` beside a deployment file, else none.
+        constraints: instead of the deployment's.
+
+    Raises:
+        ConfigError: the file is not valid; names the line.
+        OffcutError: as `Session`.
+    """
+    if not isinstance(deployment, Deployment):
+        path = Path(deployment)
+        deployment = load_deployment(path)
+        log_folder = default_log_folder(path) if log_folder is None else log_folder
+    if constraints is not None:
+        deployment = dataclasses.replace(deployment, constraints=constraints)
+    return Session(deployment, policy, log_folder=log_folder)
+
+
+def default_log_folder(deployment: Path) -> Path:
+    """Where a session on this deployment file leaves its events and status."""
+    return deployment.with_suffix(".offcut")

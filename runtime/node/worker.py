@@ -1,0 +1,443 @@
+"""The program on a node: binds, loads its models, prints READY, runs its share of every plan, drains on SIGTERM.
+
+The loop turns what the hub and the executor report into events for `NodeMachine` and executes its instructions.
+"""
+
+import dataclasses
+import logging
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Hashable, Iterable
+from types import FrameType
+
+import torch
+
+from runtime.errors import OffcutError, PlanError
+from runtime.node.config import NextNode, WorkerConfig
+from runtime.node.executor import Done, Executor
+from runtime.node.job import HostedModel, Job
+from runtime.node.state import Forget, Forward, Instruction, Key, NodeMachine, Refuse, Reply, Run
+from runtime.types import NodeState, Tier
+from runtime.wire.channel import Hub
+from runtime.wire.codec import AutoCodec
+from runtime.wire.events import (
+    Connected,
+    Delivered,
+    Event,
+    Joined,
+    Left,
+    Limits,
+    Lost,
+    Peer,
+    Received,
+    ReceivedData,
+    Rejected,
+)
+from runtime.wire.keys import load_keys
+from runtime.wire.link import to_report
+from runtime.wire.messages import (
+    CAPABILITIES,
+    PROTOCOL_VERSION,
+    Cancel,
+    Describe,
+    Described,
+    Failure,
+    Hello,
+    Hop,
+    LinkReport,
+    Offer,
+    Refused,
+    Result,
+    Status,
+    Submit,
+    Welcome,
+)
+from runtime.wire.pack import Packed
+
+logger = logging.getLogger(__name__)
+
+STATUS_PERIOD_S = 0.5
+DRAIN_S = 5.0
+"""How long a node that was told to stop may take to finish what it has."""
+
+
+class Worker:
+    """One node: its models, its hub, its executor and its state machine."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self._tier = Tier[config.tier.upper()]
+        self._limits = Limits()
+        self._auto = AutoCodec()
+        self._models: dict[str, HostedModel] = {}
+        self._machine = NodeMachine(capacity=config.queue)
+        self._jobs: dict[Key, Job] = {}
+        self._upstream: dict[int, Key] = {}  # our request number at the next node -> whose request it is
+        self._next_number = 0
+        self._clients: dict[Peer, None] = {}
+        self._heard: dict[str, tuple[float, Status]] = {}  # next node -> when, what
+        self._stop = threading.Event()
+        self._next_status_at_s = 0.0
+        keys = None if config.keys is None else load_keys(config.keys / f"{config.name}.key_secret")
+        self._hub = Hub(config.name, keys=keys, authorised=config.keys, insecure=config.insecure, limits=self._limits)
+        self._executor = Executor(f"offcut-compute-{config.name}", self._hub.wake)
+        self._next: dict[str, Peer] = {}
+
+    def bind(self) -> str:
+        """Bind, connect to the next nodes, and return the address that clients use.
+
+        Raises:
+            TransportError: when the address is taken.
+            ConfigError: when it is not loopback and there are neither keys nor `insecure`.
+        """
+        address = self._hub.bind(self.config.bind, self._welcome)
+        for name, node in self.config.next_nodes().items():
+            self._next[name] = self._connect(name, node)
+        return address
+
+    def load(self) -> None:
+        """Load, trace and profile the models; clients that knock meanwhile are answered by `serve`.
+
+        Raises:
+            ModelError: when one cannot be found, built or traced.
+        """
+        for spec in self.config.model:
+            model = HostedModel.load(
+                spec,
+                weights=self.config.weights,
+                seed=self.config.seed,
+                batch_size=self.config.batch_size,
+                device=self.config.torch_device(),
+                auto=self._auto,
+            )
+            self._models[model.graph.model_id] = model
+
+    def _connect(self, name: str, node: NextNode) -> Peer:
+        hello = Hello(PROTOCOL_VERSION, self.config.name, "", CAPABILITIES)
+        return self._hub.connect(name, node.address, hello, server_key=node.server_key)
+
+    def stop(self) -> None:
+        """Ask the loop to drain and end; callable from signal handlers and other threads."""
+        self._stop.set()
+        self._hub.wake()
+
+    def serve(self) -> None:
+        """Run until `stop`, then finish what is here, say goodbye and close everything."""
+        drain_until_s: float | None = None
+        try:
+            while True:
+                self._step()
+                if self._stop.is_set() and drain_until_s is None:
+                    self._machine.drain()
+                    drain_until_s = time.perf_counter() + DRAIN_S
+                if drain_until_s is not None and (self._is_drained() or time.perf_counter() > drain_until_s):
+                    return
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close everything at once."""
+        self._executor.close()
+        self._hub.close()
+
+    def _is_drained(self) -> bool:
+        backlog = sum(self._hub.link_state(peer).backlog_bytes for peer in self._clients)
+        return self._machine.is_idle and backlog == 0
+
+    def _step(self) -> None:
+        """One turn of the loop: hear, compute, tick, tell."""
+        for event in self._hub.poll(self._wait_s()):
+            self._handle(event)
+        for done in self._executor.finished():
+            self._finish(done)
+        now_s = time.perf_counter()
+        self._execute(self._machine.tick(now_s))
+        if now_s >= self._next_status_at_s:
+            self._next_status_at_s = now_s + STATUS_PERIOD_S
+            self._send_status(now_s)
+
+    def _wait_s(self) -> float:
+        until_status_s = self._next_status_at_s - time.perf_counter()
+        return min(max(until_status_s, 0.0), 0.1 if self._jobs or self._stop.is_set() else STATUS_PERIOD_S)
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def _welcome(self, hello: Hello) -> Welcome | Refused:
+        if hello.model_id and hello.model_id not in self._models:
+            ours = ", ".join(f"{m.spec} ({m.graph.model_id[:12]})" for m in self._models.values())
+            return Refused(
+                "model",
+                f"expected a model among {ours}, got {hello.model_id[:12]}; start the node and the device with the "
+                "same model, weights, seed, batch size and torch version, or give both the same weights file",
+            )
+        offers = tuple(Offer(i, m.spec, m.graph.spec.graph_id) for i, m in self._models.items())
+        return Welcome(PROTOCOL_VERSION, self.config.name, self._tier, offers, CAPABILITIES)
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Joined(peer=peer):
+                self._clients[peer] = None
+                self._next_status_at_s = 0.0  # the newcomer hears our load at once
+            case Left(peer=peer):
+                self._clients.pop(peer, None)
+                self._execute(self._machine.client_left(peer))
+            case ReceivedData(peer=peer, body=Submit() as submit, frames=frames, nbytes=nbytes):
+                self._accept(peer, submit, Packed(submit.tensors, frames), nbytes)
+            case ReceivedData(body=Result() as result, frames=frames):
+                self._take_result(result, Packed(result.tensors, frames))
+            case Received(peer=peer, message=message):
+                self._hear(peer, message)
+            case Delivered(tag=int() as number, transfer_s=transfer_s) if number in self._upstream:
+                self._jobs[self._upstream[number]].upload_s = transfer_s
+            case Lost(peer=peer, reason=reason):
+                self._lose(peer, reason)
+            case Connected() | Rejected() | Delivered() | ReceivedData():
+                logger.debug("%s", event)
+
+    def _hear(self, peer: Peer, message: object) -> None:
+        match message:
+            case Describe(model_id=model_id) if model_id in self._models:
+                model = self._models[model_id]
+                self._hub.send(peer, Described(model_id, model.graph.spec, model.profile))
+            case Cancel(request=request):
+                self._execute(self._machine.cancel((peer, request)))
+            case Failure(request=number, kind=kind, text=text) as failure if number in self._upstream:
+                key = self._upstream[number]
+                self._execute(self._machine.next_failed(key, kind=kind, text=text, is_plan_fault=failure.is_plan_fault))
+            case Status() as status if not peer.is_client:
+                self._heard[peer.name] = (time.perf_counter(), status)
+
+    def _accept(self, client: Peer, submit: Submit, received: Packed, nbytes: int) -> None:
+        now_s = time.perf_counter()
+        key: Key = (client, submit.request)
+        try:
+            job = Job.accept(client, submit, self._model(submit), self._tier, received, nbytes, now_s)
+        except (OffcutError, ValueError, IndexError) as error:
+            self._fail(client, submit.request, "error", str(error), is_plan_fault=isinstance(error, PlanError))
+            return
+        if key in self._jobs:
+            return  # the same request twice: the first one counts
+        self._jobs[key] = job
+        self._execute(
+            self._machine.arrive(
+                key,
+                remaining_s=submit.remaining_s,
+                has_compute=bool(job.stage.layers),
+                has_next=job.has_next,
+                predicted_s=job.predicted_s,
+                now_s=now_s,
+            )
+        )
+
+    def _model(self, submit: Submit) -> HostedModel:
+        model = self._models.get(submit.model_id)
+        if model is None:
+            ours = ", ".join(m.spec for m in self._models.values())
+            raise PlanError(f"node {self.config.name} runs {ours}, not model {submit.model_id[:12]}")
+        return model
+
+    def _take_result(self, result: Result, tensors: Packed) -> None:
+        key = self._upstream.get(result.request)
+        if key is None:
+            return  # cancelled meanwhile
+        job = self._jobs[key]
+        job.outputs = tensors + job.outputs
+        job.hops_beyond = result.hops
+        self._execute(self._machine.answered(key, now_s=time.perf_counter()))
+
+    def _lose(self, peer: Peer, reason: str) -> None:
+        self._heard.pop(peer.name, None)
+        for number, key in list(self._upstream.items()):
+            if self._jobs[key].next_peer is peer:
+                text = f"the link from {self.config.name} to {peer.name} is down: {reason}"
+                self._execute(self._machine.next_failed(key, kind="lost", text=text))
+                self._upstream.pop(number, None)
+
+    def _finish(self, done: Done) -> None:
+        key: Key = done.tag
+        now_s = time.perf_counter()
+        if done.error is None:
+            self._execute(self._machine.computed(key, measured_s=done.value, now_s=now_s))
+            return
+        text, is_plan_fault = explain_failure(done.error)
+        self._execute(self._machine.crashed(key, text=text, is_plan_fault=is_plan_fault, now_s=now_s))
+
+    # --- instructions -----------------------------------------------------------------------------------------------
+
+    def _execute(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Run(key=key, queue_s=queue_s):
+                    self._run(key, queue_s)
+                case Forward(key=key, remaining_s=remaining_s):
+                    self._forward(key, remaining_s)
+                case Reply(key=key):
+                    self._reply(key)
+                case Refuse(key=key, kind=kind, text=text) as refuse:
+                    self._drop(key, tell_next=refuse.was_forwarded)
+                    self._fail(key[0], key[1], kind, text, is_plan_fault=refuse.is_plan_fault)
+                case Forget(key=key, was_forwarded=was_forwarded):
+                    self._drop(key, tell_next=was_forwarded)
+
+    def _run(self, key: Key, queue_s: float) -> None:
+        job = self._jobs[key]
+        job.queue_s = queue_s
+        peer = self._next_peer(job)
+        up_bps = float("nan") if peer is None else last_bandwidth(self._hub, peer)
+        down_bps = last_bandwidth(self._hub, job.client)
+        self._executor.submit(
+            key,
+            lambda: job.compute(self._auto, self._limits, up_bps, down_bps, self._stopper(key)),
+        )
+
+    def _stopper(self, key: Key) -> Callable[[], bool]:
+        return lambda: self._machine.is_cancelled(key)
+
+    def _next_peer(self, job: Job) -> Peer | None:
+        """The node that this job goes on to: the one connected node of the next tier that is up."""
+        if not job.has_next:
+            return None
+        return next((peer for peer in self._next.values() if peer.is_up), None)
+
+    def _forward(self, key: Key, remaining_s: float) -> None:
+        job = self._jobs[key]
+        if not job.stage.layers:
+            job.relay()
+        peer = self._next_peer(job)
+        if peer is None:
+            text = f"node {self.config.name} has no live node of the next tier; start it with --connect cloud=ADDRESS"
+            self._execute(self._machine.next_failed(key, kind="lost", text=text))
+            return
+        self._next_number += 1
+        number = self._next_number
+        job.next_request, job.next_peer = number, peer
+        self._upstream[number] = key
+        submit = job.submit
+        onward = Submit(number, submit.model_id, submit.plan, submit.input_kind, remaining_s, job.onward.headers)
+        self._hub.send_data(peer, onward, job.onward.frames, number)
+        job.onward = Packed()
+
+    def _reply(self, key: Key) -> None:
+        job = self._jobs.pop(key)
+        if job.next_request is not None:
+            self._upstream.pop(job.next_request, None)
+        hop = Hop(
+            node=self.config.name,
+            compute_s=job.compute_s,
+            queue_s=job.queue_s,
+            codec_s=job.codec_s,
+            residence_s=time.perf_counter() - job.arrived_at_s,
+            state=self._state(time.perf_counter()),
+            upload_s=job.upload_s,
+            next_node=job.next_peer.name if job.next_peer is not None else "",
+            predicted_s=job.predicted_s,
+        )
+        result = Result(key[1], (hop, *job.hops_beyond), job.outputs.headers)
+        self._hub.send_data(job.client, result, job.outputs.frames, key)
+
+    def _drop(self, key: Key, *, tell_next: bool) -> None:
+        job = self._jobs.pop(key, None)
+        if job is None or job.next_request is None:
+            return
+        self._upstream.pop(job.next_request, None)
+        if tell_next and job.next_peer is not None:
+            self._hub.withdraw(job.next_peer, job.next_request)
+            self._hub.send(job.next_peer, Cancel(job.next_request))
+
+    def _fail(self, client: Hashable, request: int, kind: str, text: str, *, is_plan_fault: bool) -> None:
+        if isinstance(client, Peer) and client in self._clients:
+            self._hub.send(client, Failure(request, kind, text, self.config.name, is_plan_fault))
+
+    # --- status -----------------------------------------------------------------------------------------------------
+
+    def _send_status(self, now_s: float) -> None:
+        state = self._state(now_s)
+        peers = tuple(aged(status, now_s - at_s) for at_s, status in self._heard.values())
+        links = {peer: self._report(peer) for peer in (*self._next.values(), *self._clients)}
+        for client in self._clients:
+            mine = (links[client], *(links[peer] for peer in self._next.values()))
+            self._hub.send(client, Status(state, mine, peers))
+
+    def _state(self, now_s: float) -> NodeState:
+        load = self._machine.load
+        return NodeState(
+            name=self.config.name,
+            tier=self._tier,
+            is_up=not self._machine.is_draining,
+            load_factor=load.load_factor(now_s),
+            queue_delay_s=load.queue_delay_s(now_s),
+            queue_length=self._machine.queue_length,
+            utilisation_frac=load.utilisation_frac(now_s),
+            age_s=0.0,
+        )
+
+    def _report(self, peer: Peer) -> LinkReport:
+        return to_report(self._hub.link_state(peer))
+
+
+def aged(status: Status, age_s: float) -> Status:
+    """A status as it must be forwarded: every age grown by how long we held it."""
+    return Status(
+        dataclasses.replace(status.state, age_s=status.state.age_s + age_s),
+        tuple(
+            LinkReport(
+                link.target,
+                tuple((sample_age_s + age_s, bps) for sample_age_s, bps in link.samples),
+                link.mean_bandwidth_bps,
+                link.rtt_s,
+                link.backlog_bytes,
+            )
+            for link in status.links
+        ),
+    )
+
+
+def last_bandwidth(hub: Hub, peer: Peer) -> float:
+    """Newest bandwidth reading of the link to a peer, NaN when there is none."""
+    samples = hub.link_state(peer).samples
+    return samples[0].bandwidth_bps if samples else float("nan")
+
+
+def explain_failure(error: Exception) -> tuple[str, bool]:
+    """Turn what a segment raised into a failure's text and say whether the plan is to blame: the one such place."""
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
+    return text, out_of_memory or isinstance(error, PlanError)
+
+
+def _stop_at_eof(worker: Worker) -> None:
+    """End the worker when its parent is gone: the pipe on standard input closes whatever kills the parent."""
+    sys.stdin.buffer.read()
+    worker.stop()
+
+
+def run_worker(config: WorkerConfig) -> None:
+    """Run a node until SIGTERM or SIGINT: the main function of `offcut worker`.
+
+    Prints `BOUND <endpoint>` on standard output when the address is taken, and `READY <endpoint>` when the models are
+    loaded and requests are served.
+    """
+    torch.set_num_threads(config.threads)
+    worker = Worker(config)
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        worker.stop()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    address = worker.bind()
+    if config.exit_with_stdin:
+        threading.Thread(target=_stop_at_eof, args=(worker,), daemon=True).start()
+    print(f"BOUND {address}", flush=True)
+    try:
+        worker.load()
+    except BaseException:
+        worker.close()
+        raise
+    print(f"READY {address}", flush=True)
+    worker.serve()

@@ -1,0 +1,1 @@
+"""One machine that stands for many: real processes, links that can be cut."""

@@ -1,0 +1,1 @@
+"""What travels: messages, codecs, and the one module that knows ZeroMQ (`channel`)."""

@@ -1,0 +1,232 @@
+"""What is measured of an outgoing link, the queue in front of it, and when to probe it. No sockets, no clock.
+
+The queue is ours, not the socket's: one tensor message is in flight at a time, so the bytes that wait are known and can
+still be withdrawn, and every acknowledgement measures the link:
+
+    transfer = acknowledged - started - rtt / 2
+"""
+
+import math
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from runtime.types import LinkSample, LinkState
+from runtime.wire.messages import LinkReport
+
+SAMPLES = 8
+MIN_SAMPLE_BYTES = 16 * 1024
+"""Smaller messages measure the round trip, not the bandwidth."""
+
+PROBE_AFTER_S = 5.0
+PROBE_S = 0.05
+FIRST_PROBE_BYTES = 64 * 1024
+MAX_PROBE_BYTES = 2**20
+
+_MEAN_SAMPLES = 100  # guess: the long-run mean is plain over this many samples, then forgets slowly
+_MIN_TRANSFER_S = 1e-6
+
+Payload = TypeVar("Payload")
+
+
+class LinkMeter:
+    """What the sender measured of one directed link: recent samples, long-run mean, round trip."""
+
+    def __init__(self) -> None:
+        """Start with nothing measured."""
+        self._samples: deque[tuple[float, float]] = deque(maxlen=SAMPLES)  # (at_s, bandwidth_bps), newest first
+        self._rtts_s: deque[float] = deque(maxlen=SAMPLES)
+        self._rtt_s = math.nan
+        self._log_mean = math.nan
+        self._num_samples = 0
+
+    @property
+    def rtt_s(self) -> float:
+        """Smallest of the recent round trips, NaN before the first.
+
+        The smallest, because what is above it is time that a peer's loop was busy, not the link's.
+        """
+        return self._rtt_s
+
+    @property
+    def bandwidth_bps(self) -> float:
+        """Newest sample, NaN before the first."""
+        return self._samples[0][1] if self._samples else math.nan
+
+    @property
+    def measured_s(self) -> float:
+        """Instant of the newest sample, -inf before the first."""
+        return self._samples[0][0] if self._samples else -math.inf
+
+    def add_rtt(self, rtt_s: float) -> None:
+        """Take in the round trip of a ping."""
+        self._rtts_s.append(max(rtt_s, 0.0))
+        self._rtt_s = min(self._rtts_s)
+
+    def forget_rtt(self) -> None:
+        """Drop the round trips: the peer is gone and may come back over another path."""
+        self._rtts_s.clear()
+        self._rtt_s = math.nan
+
+    def add_transfer(self, nbytes: int, started_s: float, acknowledged_s: float) -> float:
+        """Take in an acknowledged transfer.
+
+        Args:
+            nbytes: bytes that were sent; under `MIN_SAMPLE_BYTES` they give no bandwidth sample.
+            started_s: instant the transfer began.
+            acknowledged_s: instant its acknowledgement came.
+
+        Returns:
+            Seconds of the transfer itself, more than 0.
+        """
+        elapsed_s = acknowledged_s - started_s
+        half_rtt_s = 0.0 if math.isnan(self._rtt_s) else self._rtt_s / 2
+        # An acknowledgement takes a round trip at least, so half of what passed is a floor whatever the pings said.
+        transfer_s = max(elapsed_s - half_rtt_s, elapsed_s / 2, _MIN_TRANSFER_S)
+        if nbytes >= MIN_SAMPLE_BYTES:
+            self._add_sample(acknowledged_s, nbytes * 8 / transfer_s)
+        return transfer_s
+
+    def _add_sample(self, at_s: float, bandwidth_bps: float) -> None:
+        self._samples.appendleft((at_s, bandwidth_bps))
+        self._num_samples += 1
+        if self._num_samples == 1:
+            self._log_mean = math.log(bandwidth_bps)
+        else:
+            # In log space: bandwidths differ by factors, and one burst must not outweigh a slow minute.
+            weight = 1 / min(self._num_samples, _MEAN_SAMPLES)
+            self._log_mean += weight * (math.log(bandwidth_bps) - self._log_mean)
+
+    def state(self, source: str, target: str, now_s: float, backlog_bytes: int) -> LinkState:
+        """Give the link's state as a policy sees it."""
+        return LinkState(
+            source=source,
+            target=target,
+            samples=tuple(LinkSample(age_s=now_s - at_s, bandwidth_bps=bps) for at_s, bps in self._samples),
+            mean_bandwidth_bps=math.exp(self._log_mean),
+            rtt_s=self.rtt_s,
+            backlog_bytes=backlog_bytes,
+        )
+
+
+def to_report(state: LinkState) -> LinkReport:
+    """Put a link's state into the form that travels."""
+    return LinkReport(
+        target=state.target,
+        samples=tuple((sample.age_s, sample.bandwidth_bps) for sample in state.samples),
+        mean_bandwidth_bps=state.mean_bandwidth_bps,
+        rtt_s=state.rtt_s,
+        backlog_bytes=state.backlog_bytes,
+    )
+
+
+def from_report(report: LinkReport, source: str, *, extra_age_s: float = 0.0) -> LinkState:
+    """Read a link's state from a report of `source`, aged by the time since the report was made."""
+    return LinkState(
+        source=source,
+        target=report.target,
+        samples=tuple(
+            LinkSample(age_s=age_s + extra_age_s, bandwidth_bps=bps) for age_s, bps in report.samples[:SAMPLES]
+        ),
+        mean_bandwidth_bps=report.mean_bandwidth_bps,
+        rtt_s=report.rtt_s,
+        backlog_bytes=report.backlog_bytes,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing(Generic[Payload]):
+    """One message in the queue or in flight."""
+
+    tag: Hashable
+    nbytes: int
+    payload: Payload
+    pushed_s: float
+    sequence: int
+    started_s: float = math.nan
+    is_withdrawn: bool = False
+    """In flight, and nobody waits for it any more."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in the queue."""
+        return self.started_s - self.pushed_s
+
+
+class Uplink(Generic[Payload]):
+    """The queue in front of one link: first in, first out, one message in flight."""
+
+    def __init__(self) -> None:
+        """Start empty; sequence numbers start at 1."""
+        self._queue: deque[Outgoing[Payload]] = deque()
+        self._in_flight: Outgoing[Payload] | None = None
+        self._last_sequence = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether nothing waits and nothing is in flight."""
+        return self._in_flight is None and not self._queue
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Bytes ahead of a message pushed now. How far the one in flight has come is not known: it counts whole."""
+        flying = 0 if self._in_flight is None else self._in_flight.nbytes
+        return flying + sum(item.nbytes for item in self._queue)
+
+    def push(self, tag: Hashable, nbytes: int, payload: Payload, now_s: float) -> None:
+        """Put a message at the end of the queue."""
+        self._last_sequence += 1
+        self._queue.append(Outgoing(tag, nbytes, payload, pushed_s=now_s, sequence=self._last_sequence))
+
+    def start(self, now_s: float) -> Outgoing[Payload] | None:
+        """Take the first message in flight; None while one is, or when none waits."""
+        if self._in_flight is not None or not self._queue:
+            return None
+        self._in_flight = self._queue.popleft()
+        self._in_flight.started_s = now_s
+        return self._in_flight
+
+    def postpone(self) -> None:
+        """Put the message in flight back in front of the queue: it did not get out, or its connection is gone."""
+        if self._in_flight is not None and not self._in_flight.is_withdrawn:
+            self._queue.appendleft(self._in_flight)
+        self._in_flight = None
+
+    def ack(self, sequence: int) -> Outgoing[Payload] | None:
+        """Complete the message in flight; None if the acknowledgement is for another one."""
+        item = self._in_flight
+        if item is None or item.sequence != sequence:
+            return None
+        self._in_flight = None
+        return item
+
+    def drop(self, tag: Hashable) -> bool:
+        """Withdraw all messages with a tag: those that wait are gone, the one in flight is marked.
+
+        Returns:
+            True if it was in flight. It stays so until `ack`, `postpone` or `clear`.
+        """
+        self._queue = deque(item for item in self._queue if item.tag != tag)
+        item = self._in_flight
+        if item is None or item.tag != tag or item.is_withdrawn:
+            return False
+        item.is_withdrawn = True
+        return True
+
+    def clear(self) -> None:
+        """Forget everything; sequence numbers go on from where they are."""
+        self._queue.clear()
+        self._in_flight = None
+
+
+def due_probe_bytes(meter: LinkMeter, is_idle: bool, now_s: float) -> int:
+    """Tell how many bytes to probe a link with now; 0: not now.
+
+    Only an idle link whose newest sample is old is probed, with what takes about 50 ms at the last known bandwidth.
+    """
+    if not is_idle or now_s - meter.measured_s < PROBE_AFTER_S:
+        return 0
+    if math.isnan(meter.bandwidth_bps):
+        return FIRST_PROBE_BYTES
+    return min(max(int(meter.bandwidth_bps * PROBE_S / 8), MIN_SAMPLE_BYTES), MAX_PROBE_BYTES)

@@ -1,0 +1,296 @@
+"""The conversation with one peer, whichever side called: liveness, acknowledgements, queue, measurement.
+
+`call.Call` is the conversation with a node that we connect to, `door.Guest` the one with a client that connected to us.
+No sockets and no clock: a conversation hears of messages and of passing time from `channel.py`, tells its owner by events,
+and sends through `say` and `transmit`.
+"""
+
+import functools
+import logging
+import math
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from runtime.errors import ProtocolError
+from runtime.types import LinkState
+from runtime.wire.events import Buffer, Delivered, Event, Limits, Peer, Received, ReceivedData, Traffic
+from runtime.wire.link import MAX_PROBE_BYTES, LinkMeter, Outgoing, Uplink, due_probe_bytes
+from runtime.wire.messages import (
+    ENVELOPE_DECODER,
+    Ack,
+    ControlMessage,
+    Envelope,
+    Ping,
+    Pong,
+    Probe,
+    Result,
+    Submit,
+    encode,
+)
+
+_log = logging.getLogger(__name__)
+
+INTRODUCTION = 0
+"""Sequence of the message that only makes a new data connection known; it is not acknowledged."""
+
+_PINGS_KEPT = 8
+
+Message = TypeVar("Message")
+
+
+class Payload(NamedTuple):
+    """What a queued data message consists of."""
+
+    body: Submit | Result | Probe
+    frames: tuple[Buffer, ...]
+    frame_bytes: int
+
+
+@functools.cache
+def _probe_bytes() -> memoryview:
+    return memoryview(os.urandom(MAX_PROBE_BYTES))  # random: no compressing path may make a link look fast
+
+
+def decode(decoder: "msgspec.msgpack.Decoder[Message]", data: Buffer) -> Message:
+    """Decode one message.
+
+    Raises:
+        ProtocolError: if it is malformed, or of a kind that the decoder does not take.
+    """
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ProtocolError(f"malformed message of {len(data)} bytes: {error}") from error
+
+
+def only_frame(parts: Sequence[memoryview]) -> memoryview:
+    """Take the one frame of a control message.
+
+    Raises:
+        ProtocolError: if there are more, or none.
+    """
+    if len(parts) != 1:
+        raise ProtocolError(f"expected one frame on control, got {len(parts)}")
+    return parts[0]
+
+
+class Session(Peer, ABC):
+    """What is kept of one peer."""
+
+    incoming: tuple[type[Submit | Result], ...] = ()
+    """Data messages that may come from this side, besides probes."""
+
+    def __init__(
+        self, name: str, address: str, *, is_client: bool, limits: Limits, emit: Callable[[Event], None], now_s: float
+    ) -> None:
+        """Start a conversation.
+
+        Args:
+            name: name of the peer.
+            address: where it was connected to; empty for a client.
+            is_client: True if it connected to us.
+            limits: caps and times.
+            emit: takes an event for the owner.
+            now_s: this instant.
+        """
+        super().__init__(name, address, is_client=is_client)
+        self.limits = limits
+        self.emit = emit
+        self.meter = LinkMeter()
+        self.uplink: Uplink[Payload] = Uplink()
+        self.is_data_open = False
+        self._sent_bytes = self._received_bytes = self._probe_bytes = self._num_malformed = 0
+        self._heard_s = now_s
+        self._ping_s = now_s
+        self._num_pings = 0
+        self._pings_s: OrderedDict[int, float] = OrderedDict()
+        self._last_received = 0
+
+    @abstractmethod
+    def say(self, message: ControlMessage) -> bool:
+        """Send a control message at once; False if it could not leave and was dropped."""
+
+    @abstractmethod
+    def transmit(self, parts: Sequence[Buffer]) -> bool:
+        """Send a data message at once; False if it could not leave."""
+
+    @abstractmethod
+    def withdraw(self, tag: Hashable, now_s: float) -> None:
+        """Forget the data messages with a tag, whether they wait or are in flight."""
+
+    @abstractmethod
+    def tick(self, now_s: float) -> None:
+        """Do what is due."""
+
+    @abstractmethod
+    def next_due_s(self) -> float:
+        """Instant at which `tick` has something to do, if nothing happens before."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """The counters so far."""
+        return Traffic(self._sent_bytes, self._received_bytes, self._probe_bytes, self._num_malformed)
+
+    def link_state(self, source: str, now_s: float) -> LinkState:
+        """What was measured of the link to this peer."""
+        return self.meter.state(source, self.name, now_s, self.uplink.backlog_bytes)
+
+    # --- in
+
+    def take(self, message: ControlMessage, now_s: float) -> None:
+        """Handle a control message that either side may send; what is not the wire's own goes to the owner."""
+        self._heard_s = now_s
+        match message:
+            case Ack():
+                self._take_ack(message.sequence, now_s)
+            case Ping():
+                self.say(Pong(message.number))
+            case Pong():
+                sent_s = self._pings_s.pop(message.number, math.nan)
+                if not math.isnan(sent_s):
+                    self.meter.add_rtt(now_s - sent_s)
+            case _:
+                self.emit(Received(self, message))
+
+    def take_data(self, parts: Sequence[memoryview], nbytes: int, now_s: float) -> None:
+        """Handle a data message: acknowledge it, and hand it to the owner unless it came before.
+
+        Raises:
+            ProtocolError: if it is malformed, or not a message that this peer may send.
+        """
+        self._heard_s = now_s
+        if not parts or parts[0].nbytes > self.limits.control_bytes:
+            raise ProtocolError(f"expected a header of at most {self.limits.control_bytes} bytes first")
+        envelope = decode(ENVELOPE_DECODER, parts[0])
+        if envelope.sequence <= INTRODUCTION:
+            return
+        # Whatever is wrong with the rest, it has arrived: without a word the sender's queue would stand still.
+        self.say(Ack(envelope.sequence))
+        if envelope.sequence <= self._last_received:
+            return  # sent again on a new data socket, while our acknowledgement was on its way
+        self._last_received = envelope.sequence
+        body, frames = envelope.body, tuple(parts[1:])
+        if isinstance(body, Probe) or not self.is_up:  # not up: the acknowledgement found the peer gone
+            return
+        if not isinstance(body, self.incoming):
+            raise ProtocolError(f"a {type(body).__name__} may not come from this side")
+        if len(frames) != len(body.tensors):
+            raise ProtocolError(f"expected {len(body.tensors)} frames, as announced, got {len(frames)}")
+        self.emit(ReceivedData(self, body, frames, nbytes))
+
+    def count_received(self, nbytes: int) -> None:
+        """Count bytes that came."""
+        self._received_bytes += nbytes
+
+    def count_malformed(self, error: ProtocolError) -> None:
+        """Count and log a message that was dropped."""
+        self._num_malformed += 1
+        _log.debug("%r: %s", self, error)
+
+    def _take_ack(self, sequence: int, now_s: float) -> None:
+        item = self.uplink.ack(sequence)
+        if item is None:
+            return
+        transfer_s = self.meter.add_transfer(item.nbytes, item.started_s, now_s)
+        if not item.is_withdrawn and not isinstance(item.payload.body, Probe):
+            self.emit(Delivered(self, item.tag, item.nbytes, transfer_s, item.waited_s))
+        self.pump(now_s)
+
+    # --- out
+
+    def push(
+        self, body: Submit | Result | Probe, frames: Sequence[Buffer], nbytes: int, tag: Hashable, now_s: float
+    ) -> None:
+        """Queue a data message, of `nbytes` in its frames."""
+        self.uplink.push(tag, nbytes, Payload(body, tuple(frames), nbytes), now_s)
+        self.pump(now_s)
+
+    def pump(self, now_s: float) -> None:
+        """Start the first queued message, if the data socket is open and none is in flight."""
+        if not self.is_data_open:
+            return
+        item = self.uplink.start(now_s)
+        if item is not None and not self._launch(item):
+            self.uplink.postpone()
+
+    def _launch(self, item: Outgoing[Payload]) -> bool:
+        body, frames, frame_bytes = item.payload
+        if isinstance(body, Submit):
+            # The deadline went on while the request stood in our queue.
+            body = msgspec.structs.replace(body, remaining_s=body.remaining_s - item.waited_s)
+        header = encode(Envelope(sequence=item.sequence, body=body))
+        item.nbytes = len(header) + frame_bytes
+        if not self.transmit([header, *frames]):
+            return False
+        self._sent_bytes += item.nbytes
+        if isinstance(body, Probe):
+            self._probe_bytes += item.nbytes
+        return True
+
+    def count_sent(self, nbytes: int) -> None:
+        """Count bytes of control messages that left."""
+        self._sent_bytes += nbytes
+
+    # --- passing time
+
+    def _ping_if_due(self, now_s: float) -> None:
+        if now_s < self._ping_s:
+            return
+        self._ping_s = now_s + self.limits.ping_every_s
+        self._num_pings += 1
+        if self.say(Ping(self._num_pings)):
+            self._pings_s[self._num_pings] = now_s
+            if len(self._pings_s) > _PINGS_KEPT:
+                self._pings_s.popitem(last=False)
+
+    def _probe_if_due(self, now_s: float) -> None:
+        probe_bytes = due_probe_bytes(self.meter, self.uplink.is_idle, now_s)
+        if self.is_data_open and probe_bytes:
+            self.push(Probe(), (_probe_bytes()[:probe_bytes],), probe_bytes, None, now_s)
+
+    def _forget(self) -> None:
+        """Drop all that belongs to a connection that is gone."""
+        self.is_up = False
+        self.is_data_open = False
+        self.uplink.clear()
+        self.meter.forget_rtt()
+        self._pings_s.clear()
+        self._last_received = 0
+
+
+def encode_control(message: ControlMessage, limits: Limits) -> bytes:
+    """Encode a control message.
+
+    Raises:
+        ProtocolError: if the peer would refuse it for its size.
+    """
+    data = encode(message)
+    if len(data) > limits.control_bytes:
+        raise ProtocolError(
+            f"expected a control message of at most {limits.control_bytes} bytes, got a {type(message).__name__} of "
+            f"{len(data)}; raise Limits.control_bytes on both sides"
+        )
+    return data
+
+
+def check_outgoing(frames: Sequence[Buffer], limits: Limits) -> int:
+    """Check a data message against the caps that the peer will apply.
+
+    Returns:
+        Bytes of all frames.
+
+    Raises:
+        ProtocolError: if the peer would refuse it.
+    """
+    nbytes = sum(map(len, frames))
+    if len(frames) > limits.frames or nbytes > limits.message_bytes:
+        raise ProtocolError(
+            f"expected at most {limits.frames} frames of {limits.message_bytes} bytes together, got {len(frames)} of "
+            f"{nbytes}; send less at once, or raise Limits on both sides"
+        )
+    return nbytes

@@ -1,0 +1,84 @@
+import math
+
+import pytest
+
+from runtime.errors import ConfigError, PlanError
+from runtime.planning.cost import estimate
+from runtime.planning.policies.registry import PolicySpec, fixed_policy, load_policy, policy_names
+from runtime.planning.problem import check_plan
+from runtime.types import Constraints, LinkSample, LinkState, NodeState, Plan, Tier
+from tests.graphs import chain, make_problem, make_state
+
+SPECS = [load_policy(name) for name in policy_names() if ":" not in name] + [
+    load_policy("fixed:1,2"),
+    load_policy("fixed:1,1@edge0"),
+    fixed_policy(Plan.split(5, 1, 3, edge_nodes=("edge0",))),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("input_kind", ["encoded", "image", "tensor"])
+def test_every_policy_answers_legal_plans_and_the_same_one_for_equal_states(spec: PolicySpec, input_kind: str) -> None:
+    problem = make_problem(chain(3, has_stage=True), edges=2, input_kind=input_kind)
+    policy = spec.build(problem)
+    for down in ((), ("edge0",), ("edge0", "edge1", "cloud")):
+        state = make_state(problem, down=down)
+        plan = policy.plan(state)
+        assert check_plan(problem, plan) == plan
+        assert policy.plan(make_state(problem, down=down)) == plan
+        policy.reset()
+        assert policy.plan(state) == plan
+
+
+@pytest.mark.parametrize("name", ["edge-only", "cloud-only"])
+def test_a_rule_that_private_input_forbids_refuses_at_build(name: str) -> None:
+    problem = make_problem(chain(3, has_stage=True), constraints=Constraints(private_input=True))
+    with pytest.raises(PlanError, match="private_input"):
+        load_policy(name).build(problem)
+
+
+def test_a_rule_that_needs_a_node_that_is_not_there_refuses_at_build() -> None:
+    with pytest.raises(PlanError, match="needs an edge node"):
+        load_policy("edge-only").build(make_problem(chain(2), edges=0))
+    with pytest.raises(PlanError, match="no cloud node"):
+        load_policy("cloud-only").build(make_problem(chain(2), has_cloud=False))
+
+
+def test_edge_only_takes_the_first_edge_node_that_is_up() -> None:
+    problem = make_problem(chain(2), edges=3)
+    policy = load_policy("edge-only").build(problem)
+    assert policy.plan(make_state(problem)).head == "edge0"
+    assert policy.plan(make_state(problem, down=("edge0", "edge1"))).head == "edge2"
+
+
+def test_fixed_reads_split_points_and_edge_from_its_name() -> None:
+    problem = make_problem(chain(4), edges=2)
+    plan = load_policy("fixed:1,3@edge1").build(problem).plan(make_state(problem))
+    assert plan == Plan.split(4, 1, 3, edge_nodes=("edge1",))
+    with pytest.raises(PlanError, match="0 <= i <= j <= 4"):
+        load_policy("fixed:3,9").build(problem)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean cloud-only"):
+        load_policy("cloudonly")
+
+
+def test_an_estimate_adds_up_compute_transfer_and_queue_by_hand() -> None:
+    problem = make_problem(chain(4), layer_s=0.01)
+    links = tuple(
+        LinkState(a, b, (LinkSample(0.1, 8e3),), 8e3, 0.02) for a, b in (("device", "cloud"), ("cloud", "device"))
+    )
+    nodes = (NodeState("edge0", Tier.EDGE, True), NodeState("cloud", Tier.CLOUD, True, 2.0, 0.005, age_s=0.0))
+    state = make_state(problem, links=links, nodes=nodes, device_backlog_s=0.003)
+    latency = estimate(problem, Plan.split(4, 1, 1), state)
+    assert latency.compute_s == pytest.approx({"device": 0.01, "cloud": 0.06})  # k = 2 on three layers
+    assert latency.transfer_s == pytest.approx({"device>cloud": 0.41, "cloud>device": 0.41})  # 400 bytes + rtt / 2
+    assert latency.total_s == pytest.approx(0.01 + 0.06 + 0.82 + 0.008)
+    assert latency.source == "estimated"
+
+
+def test_an_estimate_without_a_reading_is_nan_and_device_only_needs_none() -> None:
+    problem = make_problem(chain(4))
+    assert math.isnan(estimate(problem, Plan.split(4, 1, 1), make_state(problem)).total_s)
+    assert estimate(problem, Plan.split(4, 4, 4), make_state(problem)).total_s == pytest.approx(0.04)
