@@ -19,6 +19,11 @@ Command = (
 )
 
 
+def parse(arguments: Sequence[str] | None = None) -> WorkerConfig | InferConfig | StatusConfig | KeysConfig:
+    """Parse a command line; None takes this program's. Usage mistakes exit with 2."""
+    return tyro.cli(Command, prog="offcut", args=arguments)
+
+
 def run(command: WorkerConfig | InferConfig | StatusConfig | KeysConfig) -> None:
     """Run one parsed command; heavy libraries are imported here, so that `--help` and `keys` stay quick."""
     match command:
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Before torch loads its thread pool: waiting threads that spin take the cores from those that compute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        run(tyro.cli(Command, prog="offcut", args=arguments))
+        run(parse(arguments))
     except OffcutError as error:
         print(f"offcut: {error}", file=sys.stderr)
         sys.exit(1)

@@ -17,6 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from agent.infer import output_error
 from agent.tables import latency_cells, make_latency_table
 from runtime.device.session import InferenceResult, Session
+from runtime.errors import ConfigError
 from runtime.model.graph import LayerGraph, trace
 from runtime.model.inputs import admit, decode, normalise
 from runtime.model.zoo import Model, load_model
@@ -41,6 +42,21 @@ class DemoConfig:
     repeat: int = 5
     """Timed requests per plan, after one that warms it up; the row shows the one in the middle."""
 
+    quick: bool = False
+    """A small model and one request per plan: shows that everything works, in half a minute."""
+
+    def __post_init__(self) -> None:
+        """Apply `quick`.
+
+        Raises:
+            ConfigError: when `repeat` is below 1.
+        """
+        if self.repeat < 1:
+            raise ConfigError(f"expected --repeat >= 1, got {self.repeat}")
+        if self.quick:
+            object.__setattr__(self, "model", "torchvision:squeezenet1_1")
+            object.__setattr__(self, "repeat", 1)
+
 
 def run_demo(config: DemoConfig) -> bool:
     """Run the demo and print its table.
@@ -59,8 +75,11 @@ def run_demo(config: DemoConfig) -> bool:
             model = load_model(config.model)
             graph = trace(model)
             whole = _run_whole(model, graph, photo)
-            progress.add_task("running the plans")
-            rows = [(name, _run_plan(session, photo, plan, config.repeat)) for name, plan in _plans(graph)]
+            task = progress.add_task("running the plans", total=len(_plans(graph)))
+            rows = []
+            for name, plan in _plans(graph):
+                rows.append((name, _run_plan(session, photo, plan, config.repeat)))
+                progress.advance(task)
     return _report(console, rows, whole, config)
 
 

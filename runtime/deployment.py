@@ -207,7 +207,7 @@ def load_deployment(path: str | Path) -> Deployment:
         return _read_document(document, file.parent)
     except _FieldError as error:
         line = toml_lines.nearest_line(toml_lines.find_lines(text), error.path)
-        place = f"{file}:{line}" if line is not None else f"{file}"
+        place = f"{file}, line {line}" if line is not None else f"{file}"
         raise ConfigError(f"{place}: {error}") from error
 
 

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from runtime.model.graph import LayerGraph, unflatten_outputs
 from runtime.model.inputs import Admitted
-from runtime.model.segment import SegmentCache, copy_dense
+from runtime.model.segment import SegmentCache
 from runtime.planning.problem import Stage, check_monotone, find_route
 from runtime.types import GraphSpec, Plan, Tier
 
@@ -39,6 +39,7 @@ def run_plan(
     admitted: Admitted,
     *,
     reference: Mapping[str, torch.Tensor] | None = None,
+    offset_bytes: int = 0,
 ) -> object:
     """Run a plan; every tensor that crosses is copied as the wire would, and none may change under a segment.
 
@@ -58,8 +59,23 @@ def run_plan(
         outputs |= {name: at_hand[name] for name in stage.makes if name in graph.spec.outputs}
         for name in crossing:
             assert reference is None or same_bits(at_hand[name], reference[name]), f"{name} differs"
-        at_hand = {name: copy_dense(at_hand[name]) for name in crossing}
+        at_hand = {name: cross(at_hand[name], offset_bytes) for name in crossing}
     return unflatten_outputs(graph.spec, outputs)
+
+
+def dim_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Dimensions from outermost to innermost in memory, as the wire's header has it."""
+    strides, sizes = tensor.stride(), tensor.shape
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], -sizes[dim])))
+
+
+def cross(tensor: torch.Tensor, offset_bytes: int = 0) -> torch.Tensor:
+    """What arrives of a tensor: no gaps, dimensions in the same memory order, at any address."""
+    order = dim_order(tensor)
+    memory = torch.empty(tensor.nbytes + offset_bytes, dtype=torch.uint8)
+    dense = memory[offset_bytes:].view(tensor.dtype).view([tensor.shape[dim] for dim in order])
+    dense.copy_(tensor.permute(order))
+    return dense.permute(sorted(range(tensor.dim()), key=order.__getitem__))
 
 
 def all_values(graph: LayerGraph, admitted: Admitted) -> dict[str, torch.Tensor]:

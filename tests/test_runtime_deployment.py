@@ -266,7 +266,7 @@ def test_an_error_in_the_file_names_file_and_line(write: Write, old: str, new: s
     path = write(WHOLE.replace(old, new))
     with pytest.raises(ConfigError) as caught:
         load_deployment(path)
-    assert str(caught.value).startswith(f"{path}:{line}: ")
+    assert str(caught.value).startswith(f"{path}, line {line}: ")
     assert message in str(caught.value)
 
 
@@ -288,7 +288,7 @@ def test_what_is_missing_or_misshapen_is_named_at_the_closest_line(
     path = write(text)
     with pytest.raises(ConfigError) as caught:
         load_deployment(path)
-    place = f"{path}:{line}: " if line else f"{path}: "
+    place = f"{path}, line {line}: " if line else f"{path}: "
     assert str(caught.value).startswith(place)
     assert message in str(caught.value)
 

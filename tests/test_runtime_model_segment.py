@@ -13,21 +13,20 @@ from hypothesis import strategies as st
 from runtime.errors import InputError, PlanError, TensorMismatch
 from runtime.model.graph import LayerGraph, trace
 from runtime.model.inputs import Admitted, admit, run_input_stage
+from runtime.model.layout import ALIGNMENT_BYTES, copy_to, place
+from runtime.model.observe import Seen
 from runtime.model.samples import sample_file
 from runtime.model.segment import (
     CACHED_SEGMENTS,
     Segment,
     SegmentCache,
     Stopped,
-    align,
-    copy_dense,
-    dim_order,
     run_local,
 )
 from runtime.model.zoo import Model, load_model
 from runtime.planning.problem import make_stage
 from runtime.types import Plan, Tier
-from tests.splitting import all_values, assignments, cut_plan, run_plan, same_bits, same_output
+from tests.splitting import all_values, assignments, cross, cut_plan, run_plan, same_bits, same_output
 
 NAMES = ["chain", "chain_image", "residual", "branching", "views", "reordered"]
 
@@ -154,35 +153,43 @@ def test_values_come_back_as_whole_runs_make_them_and_no_others(graph: LayerGrap
     assert all(same_bits(made[name], values[name]) for name in made)
 
 
-@pytest.mark.parametrize("offset", [1, 3, 4, 8])
-def test_tensors_at_addresses_torch_would_not_choose_give_the_same_bits(graph: LayerGraph, offset: int) -> None:
-    segment = whole_stage(graph)
-    x = torch.randn(1, 3, 32, 32)
-    memory = torch.empty(x.numel() * 4 + 64, dtype=torch.uint8)
-    start = (-memory.data_ptr()) % 64 + offset * 4
-    moved = memory[start : start + x.numel() * 4].view(torch.float32).view(x.shape).copy_(x)
-    assert moved.data_ptr() % 64 == offset * 4
-    assert align(moved).data_ptr() % 64 == 0
-    name = segment.needs[0]
-    assert same_output(segment.run({name: moved}), segment.run({name: x}))
+@pytest.mark.parametrize("offset_bytes", [4, 8, 32, 64])
+def test_tensors_at_addresses_torch_would_not_choose_give_the_same_bits(case: Case, offset_bytes: int) -> None:
+    n = case.graph.num_layers
+    for i in range(0, n, 2):
+        plan = cut_plan(n, i, min(i + 1, n))
+        made = run_plan(case.graph, case.segments, plan, case.admitted, offset_bytes=offset_bytes)
+        assert same_output(made, case.whole)
 
 
-@given(
-    sizes=st.lists(st.integers(1, 3), min_size=0, max_size=5),
-    data=st.data(),
-)
-def test_a_dense_copy_keeps_values_and_the_order_of_dimensions(sizes: list[int], data: st.DataObject) -> None:
-    order = data.draw(st.permutations(range(len(sizes))))
-    tensor = torch.randn(sizes).permute(order)
-    sliced = tensor[tuple(slice(0, max(size - 1, 1)) for size in tensor.shape)]
-    for source in (tensor, sliced):
-        copy = copy_dense(source)
-        assert same_bits(copy, source)
-        assert copy.permute(dim_order(copy)).is_contiguous()
-        assert copy.numel() == copy.untyped_storage().nbytes() // copy.element_size()
-        longer = [dim for dim in dim_order(source) if source.shape[dim] > 1]
-        assert longer == [dim for dim in dim_order(copy) if copy.shape[dim] > 1]
-    assert copy_dense(tensor).stride() == tensor.stride() or 1 in sizes
+@st.composite
+def laid_out(draw: st.DrawFn) -> torch.Tensor:
+    """A tensor with permuted dimensions, gaps, an odd start, broadcast dimensions."""
+    sizes = draw(st.lists(st.integers(1, 4), max_size=4))
+    tensor = torch.randn([size + 2 for size in sizes]).permute(draw(st.permutations(range(len(sizes)))))
+    for dim in range(tensor.dim()):
+        start = draw(st.integers(0, 2))
+        tensor = tensor.narrow(dim, start, draw(st.integers(1, tensor.shape[dim] - start)))
+    for dim in range(tensor.dim()):
+        if draw(st.integers(0, 4)) == 0:
+            tensor = tensor.narrow(dim, 0, 1).expand(*(3 if d == dim else n for d, n in enumerate(tensor.shape)))
+    return tensor
+
+
+@given(tensor=laid_out(), offset_bytes=st.sampled_from([0, 4, 64]))
+def test_what_crossed_is_put_back_into_the_layout_it_had(tensor: torch.Tensor, offset_bytes: int) -> None:
+    seen = Seen(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype, 0)
+    assert place(tensor, seen) is tensor
+    for placed in (place(cross(tensor, offset_bytes), seen), copy_to(tensor, seen)):
+        assert same_bits(placed, tensor)
+        assert placed.stride() == tensor.stride()
+        assert (placed.data_ptr() - tensor.data_ptr()) % ALIGNMENT_BYTES == 0
+
+
+def test_windows_that_overlap_are_copied_without_overlap() -> None:
+    windows = torch.arange(10.0).unfold(0, 4, 2)
+    seen = Seen(tuple(windows.shape), windows.stride(), 0, windows.dtype, 0)
+    assert same_bits(copy_to(windows, seen), windows)
 
 
 def test_a_run_stops_between_two_layers_when_asked(graph: LayerGraph) -> None:

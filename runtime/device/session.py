@@ -35,7 +35,7 @@ from runtime.wire.codec import AutoCodec
 DEADLINE_FACTOR = 3.0
 """Default deadline in predicted device-only latencies."""
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 3.0
 """How long a new session waits for nodes that do not answer before it starts without them."""
 
 

@@ -7,7 +7,8 @@ the layers, shapes and preprocessing, `model_id` of these and the weights.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +27,8 @@ from runtime.model.program import WAY_OUT, Op, Program, Ref, export, find_refs, 
 from runtime.model.zoo import Model
 from runtime.types import GraphSpec, LayerSpec, TensorSpec, ValueSpec
 
+logger = logging.getLogger(__name__)
+
 TYPICAL_ENCODED_BYTES = 100_000
 """Bytes of a camera's JPEG where none has been seen: half a megapixel at quality 90. Guess."""
 
@@ -40,7 +43,7 @@ class LayerGraph:
     layers: tuple[Layer, ...]
     constants: Mapping[str, torch.Tensor]  # parameters, buffers and what was computed of them alone
     constant_parameters: Mapping[str, frozenset[str]]  # constant -> paths of the parameters it is made of
-    dtypes: Mapping[str, torch.dtype]  # of every tensor an operation makes or reads
+    seen: Mapping[str, Seen]  # layout of every tensor in the whole model, the input stage's excluded
     memory: Mapping[str, int]  # see `aliasing`
     lineage: Mapping[str, frozenset[str]]
 
@@ -66,14 +69,29 @@ def trace(model: Model) -> LayerGraph:
         raise ModelError("expected a model in eval mode, got one in train mode; call module.eval() in its factory")
     exported = export(model.module, model.example)
     try:
-        return _Builder(model, read_program(exported)).build()
-    except Entangled:
+        builder = _Builder(model, read_program(exported))
+    except Entangled as reason:
         # It writes to views of memory that is read again: torch can rewrite that without in-place operations.
-        functional = read_program(exported.run_decompositions({}))
-    try:
-        return _Builder(model, functional).build()
-    except Entangled as error:
-        raise ModelError(f"{error}, also in torch's functional form; {WAY_OUT}") from error
+        logger.info("%s is split in its functional form: %s", model.spec, reason)
+        try:
+            builder = _Builder(model, read_program(exported.run_decompositions({})))
+        except Entangled as error:
+            raise ModelError(f"{error}, also in torch's functional form; {WAY_OUT}") from error
+    _compare_with_module(model, builder.observed.results)
+    return builder.build()
+
+
+def _compare_with_module(model: Model, results: Sequence[torch.Tensor]) -> None:
+    """Warn where the exported graph does not give the module's own bits, so that no cut of it could."""
+    with torch.no_grad():
+        whole = pytree.tree_leaves(model.module(model.example.clone()))
+    pairs = zip([leaf for leaf in whole if isinstance(leaf, torch.Tensor)], results, strict=True)
+    if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
+        logger.warning(
+            "%s: torch.export's graph gives other bits than the module (another kernel, or state); "
+            "all plans agree with the graph, none with the module",
+            model.spec,
+        )
 
 
 class _Builder:
@@ -99,7 +117,7 @@ class _Builder:
             layers=layers,
             constants=self.observed.constants,
             constant_parameters=self._constant_parameters(),
-            dtypes={name: seen.dtype for name, seen in self.observed.seen.items() if isinstance(seen, Seen)},
+            seen={name: seen for name, seen in self.observed.seen.items() if isinstance(seen, Seen)},
             memory=self.flow.memory,
             lineage=self.flow.lineage,
         )

@@ -121,11 +121,11 @@ def _admitted(kind: str, values: dict[str, torch.Tensor]) -> Admitted:
 
 
 def _to_tensor(x: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """Copy a tensor or array, keeping its memory order."""
+    """Copy a tensor or array into contiguous memory: plans give the bits of the model on a contiguous input."""
     if isinstance(x, torch.Tensor):
-        return x.detach().clone()
+        return x.detach().clone(memory_format=torch.contiguous_format)
     try:
-        return torch.from_numpy(np.array(x, copy=True, order="K"))
+        return torch.from_numpy(np.array(x, copy=True, order="C"))
     except TypeError as error:
         raise InputError(
             f"expected an array of numbers, got dtype {x.dtype}; convert it to float32 or uint8"

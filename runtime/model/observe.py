@@ -46,6 +46,7 @@ class Observation:
     seen: Mapping[str, Seen | tuple[Seen | None, ...]]  # a tuple for operations that return several tensors
     constants: Mapping[str, torch.Tensor]  # what `ops` and `outputs` read that does not depend on the input
     sources: Mapping[str, frozenset[str]]  # constant -> names in `Program.state` it is made of
+    results: tuple[torch.Tensor, ...]  # the output tensors of this run
 
 
 def observe(program: Program, example: torch.Tensor) -> Observation:
@@ -60,7 +61,8 @@ def observe(program: Program, example: torch.Tensor) -> Observation:
         for index, op in enumerate(program.ops):
             run.step(index, op)
         outputs = tuple(map_refs(program.outputs, run.copy_out))
-    return Observation(tuple(run.ops), outputs, run.seen, run.constants, run.sources)
+    results = tuple(run.values[ref.name] for ref in find_refs(outputs))
+    return Observation(tuple(run.ops), outputs, run.seen, run.constants, run.sources, results)
 
 
 class _Run:

@@ -61,7 +61,7 @@ def load_tree(text: str, leaves: Sequence[Any]) -> Any:
 
 def _load(node: Any, leaves: Sequence[Any]) -> Any:
     if "leaf" in node:
-        return leaves[node["leaf"]]
+        return dict(enumerate(leaves))[node["leaf"]]
     if "value" in node:
         return node["value"]
     if "dict" in node:

@@ -1,8 +1,13 @@
 """Running some of a graph's layers: an interpreted list of instructions, built in milliseconds.
 
-Two promises, whatever the cut: the tensors that go in are never changed, and the tensors that come out have the bits
-that the whole model gives them. An in-place operation therefore stays in place only where no one outside, and nothing
-later inside, can see the memory it writes to; elsewhere its functional twin runs.
+Two promises, whatever the cut.
+
+The tensors that go in are never changed: an in-place operation writes to its target only where no one outside, and
+nothing later inside, can see that memory; elsewhere it writes to a copy.
+
+The tensors that come out have the bits that the whole model gives them: every operation reads what it reads there, with
+the same strides and alignment, because kernels choose their order of summation by these. What comes over the wire has
+lost gaps and alignment, so inputs are put back into the layout that tracing saw.
 """
 
 import threading
@@ -10,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableSequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +23,11 @@ import torch
 from runtime.errors import TensorMismatch
 from runtime.model.graph import LayerGraph, unflatten_outputs
 from runtime.model.inputs import admit
+from runtime.model.layout import copy_to, place
 from runtime.model.observe import written
 from runtime.model.program import Op, Ref, find_refs, map_refs
 from runtime.planning.problem import Stage, check_monotone, find_route
 from runtime.types import Plan, ValueSpec
-
-ALIGNMENT_BYTES = 64
-"""torch's own allocations start at multiples of this; on others some kernels take another path, with other bits."""
 
 CACHED_SEGMENTS = 128
 """Segments kept per graph: more than the plans any policy has to choose from."""
@@ -56,7 +60,7 @@ class Segment:
         builder = _Builder(graph, stage)
         self._steps = builder.build()
         self._num_slots = len(builder.slots)
-        self._inputs = [(builder.slots[name], spec) for name, spec in builder.needs.items()]
+        self._inputs = [(builder.slots[name], spec, graph.seen.get(name)) for name, spec in builder.needs.items()]
         self._outputs = [(name, builder.slots[name]) for name in stage.makes]
         self.parameter_names = frozenset().union(*(graph.constant_parameters[name] for name in builder.constants))
         self.first_run_s: float | None = None
@@ -96,8 +100,10 @@ class Segment:
         """Run the layers as `run` does, and measure the seconds until the results are there."""
         start_s = time.perf_counter()
         slots: list[Any] = [None] * self._num_slots
-        for slot, spec in self._inputs:
-            slots[slot] = self._take(spec, values)
+        for slot, spec, seen in self._inputs:
+            tensor = self._check(spec, values)
+            # Files and pixels belong to the input stage, which runs where they are.
+            slots[slot] = tensor if seen is None else place(tensor.to(self._device), seen)
         with torch.no_grad():
             for layer, steps in self._steps:
                 if should_stop is not None and should_stop():
@@ -114,8 +120,7 @@ class Segment:
             self.first_run_s = seconds
         return {name: slots[slot] for name, slot in self._outputs}, seconds
 
-    def _take(self, spec: ValueSpec, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Check one input, and bring it to this device and to aligned memory."""
+    def _check(self, spec: ValueSpec, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         tensor = values.get(spec.name)
         if tensor is None:
             raise TensorMismatch(f"expected the values {list(self.needs)}, got {sorted(values)}: no {spec.name}")
@@ -127,35 +132,11 @@ class Segment:
                 f"expected {spec.name} to be {spec.tensor.dtype} of shape {shape}, got {dtype} of shape "
                 f"{tuple(tensor.shape)}; sender and receiver do not run the same graph"
             )
-        if not spec.is_sized:
-            return tensor  # a file: decoded on the CPU
-        return align(tensor.detach().to(self._device))
+        return tensor.detach()
 
     def _synchronise(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-
-def dim_order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Dimensions from outermost to innermost in memory: what must survive a copy for kernels to choose alike.
-
-    The same rule as the wire's codec: of dimensions with equal strides the longer one is outside.
-    """
-    strides, sizes = tensor.stride(), tensor.shape
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], -sizes[dim])))
-
-
-def copy_dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor into memory of its own, without gaps, in the same dimension order."""
-    order = dim_order(tensor)
-    dense = tensor.permute(order).clone(memory_format=torch.contiguous_format)
-    inverse = sorted(range(tensor.dim()), key=order.__getitem__)
-    return dense.permute(inverse)
-
-
-def align(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy where its memory starts at an address that torch would not have chosen."""
-    return copy_dense(tensor) if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
 
 
 # --- building -----------------------------------------------------------------------------------------------------------
@@ -180,10 +161,10 @@ class _Builder:
         unsafe = self._find_unsafe_writes()
         layers: dict[int, list[Step]] = {layer: [] for layer in self.stage.layers}
         for index, (layer, op) in enumerate(self.ops):
-            parts = self._make_functional(op, unsafe[op.name]) if op.name in unsafe else [op]
-            for part in parts[:-1]:
-                layers[layer].append(self._make_step(part, []))
-            layers[layer].append(self._make_step(parts[-1], frees[index]))
+            if op.name in unsafe:
+                copy, op = self._write_to_copy(op, unsafe[op.name])
+                layers[layer].append(self._make_step(copy, []))
+            layers[layer].append(self._make_step(op, frees[index]))
         return list(layers.items())
 
     def _find_last_reads(self) -> list[list[int]]:
@@ -215,28 +196,18 @@ class _Builder:
                 if is_seen or shared in outside:
                     unsafe[op.name] = target
             for name in op.reads:
-                pass
+                later.setdefault(memory.get(name), set()).add(name)
         return unsafe
 
-    def _make_functional(self, op: Op, target: str) -> list[Op]:
-        """What has the same result as an in-place operation, and writes nowhere."""
-        twin = self._find_twin(op, target)
-        if twin is not None:
-            return [Op(op.name, twin, op.args, op.kwargs, op.module)]
-        copy = Op(f"{op.name}.target", torch.ops.aten.clone.default, (Ref(target),), {}, op.module)
+    def _write_to_copy(self, op: Op, target: str) -> tuple[Op, Op]:
+        """Split an in-place operation in two: copy the target, layout included; write to the copy.
+
+        Not its functional twin: that may give the result other strides or, by promotion, another dtype.
+        """
+        copy = Op(f"{op.name}.target", partial(copy_to, seen=self.graph.seen[target]), (Ref(target),), {}, op.module)
         self.slots[copy.name] = len(self.slots)
         args, kwargs = map_refs((op.args, op.kwargs), lambda ref: Ref(copy.name) if ref.name == target else ref)
-        return [copy, Op(op.name, op.target, args, kwargs, op.module)]
-
-    def _find_twin(self, op: Op, target: str) -> Callable[..., Any] | None:
-        """Functional overload of an in-place operation, where no promotion can give its result another dtype."""
-        assert isinstance(op.target, torch._ops.OpOverload)
-        if any(self.graph.dtypes[name] is not self.graph.dtypes[target] for name in op.reads):
-            return None
-        namespace, _, name = op.target._schema.name.partition("::")
-        packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-        twin = getattr(packet, op.target._overloadname, None)
-        return twin if isinstance(twin, torch._ops.OpOverload) and twin is not op.target else None
+        return copy, Op(op.name, op.target, args, kwargs, op.module)
 
     def _make_step(self, op: Op, frees: list[int]) -> Step:
         """Compile one operation: constants are filled in now, other tensors when it runs."""

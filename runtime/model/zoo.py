@@ -39,7 +39,7 @@ class Model:
 
     spec: str
     module: nn.Module
-    example: torch.Tensor  # a batch of the model's input, on its device
+    example: torch.Tensor  # a batch of the model's input, contiguous, on its device
     preprocessing: Preprocessing | None
     batch_size: int
     weights: str  # pretrained, seeded:SEED, factory, file:NAME
@@ -91,7 +91,7 @@ def load_model(
     return Model(
         spec=spec,
         module=module.to(target),
-        example=_make_batch(built, batch_size, seed).to(target),
+        example=_make_batch(built, batch_size, seed).to(target, memory_format=torch.contiguous_format),
         preprocessing=built.preprocessing,
         batch_size=batch_size,
         weights=_label(weights, is_seeded, seed),

@@ -5,6 +5,7 @@ The loop turns what the hub and the executor report into events for `NodeMachine
 
 import dataclasses
 import logging
+import os
 import signal
 import sys
 import threading
@@ -411,7 +412,8 @@ def explain_failure(error: Exception) -> tuple[str, bool]:
 
 def _stop_at_eof(worker: Worker) -> None:
     """End the worker when its parent is gone: the pipe on standard input closes whatever kills the parent."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.read: its lock would be held when the interpreter ends
+        pass
     worker.stop()
 
 

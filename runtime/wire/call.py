@@ -178,7 +178,11 @@ class Call(Session):
         """Take what came on the control socket."""
         self.count_received(nbytes)
         try:
-            self.take(decode(_FROM_NODE, only_frame(parts)), now_s)
+            message = decode(_FROM_NODE, only_frame(parts))
+            if type(message) is Ack and self._welcome is not None:
+                self.take_ack(message, now_s)  # by far the most frequent
+            else:
+                self.take(message, now_s)
         except ProtocolError as error:
             self.strike(error, now_s)
 
@@ -204,8 +208,6 @@ class Call(Session):
     def take(self, message: ControlMessage, now_s: float) -> None:
         """Handle a control message from the node."""
         match message:
-            case Ack() if self._welcome is not None:  # first: by far the most frequent
-                super().take(message, now_s)
             case Welcome():
                 self._take_welcome(message, now_s)
             case Refused(reason=reason) if reason == REFUSED_UNKNOWN:

@@ -79,8 +79,8 @@ class _Line(Call):
         self._clock = clock
         self._token = make_token()
         self._generation = 0
-        self._control = self._open(is_control=True)
-        self._data = self._open(is_control=False)
+        self._open_control()
+        self._open_data()
 
     def say(self, message: ControlMessage) -> bool:
         data = encode_control(message, self.limits)
@@ -95,12 +95,12 @@ class _Line(Call):
     def redial(self) -> None:
         self._control.close()
         self.reopen_data()
-        self._control = self._open(is_control=True)
+        self._open_control()
 
     def reopen_data(self) -> None:
         self._data.close()
         self._generation += 1
-        self._data = self._open(is_control=False)
+        self._open_data()
 
     def close(self) -> None:
         """Say goodbye and close; whatever is queued is gone."""
@@ -110,8 +110,16 @@ class _Line(Call):
         self._data.close()
         self._control.close(_GOODBYE_MS)
 
+    def _open_control(self) -> None:
+        self._control = self._open(is_control=True)
+        self._watch(self._control, is_control=True)  # may answer at once, so the socket must be known by now
+
+    def _open_data(self) -> None:
+        self._data = self._open(is_control=False)
+        self._watch(self._data, is_control=False)
+
     def _open(self, *, is_control: bool) -> Dealer:
-        dealer = Dealer(
+        return Dealer(
             self._sockets,
             self._endpoint.control if is_control else self._endpoint.data,
             RoutingId(self._token, is_control, self._generation),
@@ -119,6 +127,7 @@ class _Line(Call):
             self._server_key,
         )
 
+    def _watch(self, dealer: Dealer, *, is_control: bool) -> None:
         def read() -> None:
             parts, nbytes, is_spoilt = dealer.receive()
             if is_control:
@@ -130,8 +139,7 @@ class _Line(Call):
             while dealer.is_open and (fate := dealer.receive_fate()) is not None:
                 self.learn(fate, self._clock(), is_control=is_control)
 
-        dealer.watch(read, read_fate, is_urgent=is_control)
-        return dealer
+        dealer.watch(read, read_fate)
 
 
 class Hub:
@@ -177,7 +185,7 @@ class Hub:
         self._wake_out, self._wake_in = std_socket.socketpair()
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
-        self._sockets.watch(self._wake_out.fileno(), self._read_wake, is_urgent=True)
+        self._sockets.watch(self._wake_out.fileno(), self._read_wake)
 
     def __enter__(self) -> "Hub":
         """Give the hub itself."""
@@ -393,8 +401,8 @@ class Hub:
             (sender, *parts), nbytes, is_spoilt = data.receive()
             door.hear_data(bytes(sender), parts, nbytes, self._clock(), is_spoilt=is_spoilt)
 
-        self._sockets.watch(control.socket, read_control, is_urgent=True)
-        self._sockets.watch(data.socket, read_data, is_urgent=False)
+        self._sockets.watch(control.socket, read_control)
+        self._sockets.watch(data.socket, read_data)
 
     def _read_wake(self) -> None:
         self._is_woken = True

@@ -55,11 +55,12 @@ def write_keys(folder: Path, name: str, keys: Keys) -> tuple[Path, Path]:
     for path in (public, secret):
         if path.exists():
             raise ConfigError(f"{path} exists; choose another name, or remove it if no machine uses it any more")
-    text = f'# ZeroMQ CURVE {{}} key, made by offcut\n\ncurve\n    public-key = "{keys.public.decode()}"\n'
+    title = "# ZeroMQ CURVE {} key, made by offcut\n\ncurve\n"
+    lines = f'    public-key = "{keys.public.decode()}"\n'  # apart from the title: Z85 has braces of its own
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(public, text.format("public"), 0o644)
-        _write(secret, text.format("**secret**") + f'    secret-key = "{keys.secret.decode()}"\n', 0o600)
+        _write(public, title.format("public") + lines, 0o644)
+        _write(secret, title.format("**secret**") + lines + f'    secret-key = "{keys.secret.decode()}"\n', 0o600)
     except OSError as error:
         raise ConfigError(f"cannot write keys to {folder}: {error}; choose a folder you may write to") from error
     return public, secret

@@ -146,8 +146,6 @@ class Session(Peer, ABC):
         """Handle a control message that either side may send; what is not the wire's own goes to the owner."""
         self._heard_s = now_s
         match message:
-            case Ack():
-                self._take_ack(message.sequence, now_s)
             case Ping():
                 self.say(Pong(message.number))
             case Pong():
@@ -177,10 +175,11 @@ class Session(Peer, ABC):
         body, frames = envelope.body, tuple(parts[1:])
         if isinstance(body, Probe) or not self.is_up:  # not up: the acknowledgement found the peer gone
             return
-        if not isinstance(body, self.incoming):
-            raise ProtocolError(f"a {type(body).__name__} may not come from this side")
-        if len(frames) != len(body.tensors):
-            raise ProtocolError(f"expected {len(body.tensors)} frames, as announced, got {len(frames)}")
+        if not isinstance(body, self.incoming) or len(frames) != len(body.tensors):
+            raise ProtocolError(
+                f"expected one of {[kind.__name__ for kind in self.incoming]} with a frame per tensor, got a "
+                f"{type(body).__name__} with {len(frames)} frames"
+            )
         self.emit(ReceivedData(self, body, frames, nbytes))
 
     def count_received(self, nbytes: int) -> None:
@@ -192,8 +191,10 @@ class Session(Peer, ABC):
         self._num_malformed += 1
         _log.debug("%r: %s", self, error)
 
-    def _take_ack(self, sequence: int, now_s: float) -> None:
-        item = self.uplink.ack(sequence)
+    def take_ack(self, ack: Ack, now_s: float) -> None:
+        """Complete the message in flight, and start the next one."""
+        self._heard_s = now_s
+        item = self.uplink.ack(ack.sequence)
         if item is None:
             return
         transfer_s = self.meter.add_transfer(item.nbytes, item.started_s, now_s)

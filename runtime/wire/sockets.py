@@ -92,8 +92,7 @@ class Sockets:
         self.limits = limits
         self._context = zmq.Context()
         self._poller = zmq.Poller()
-        self._urgent: dict[object, Callable[[], None]] = {}
-        self._bulk: dict[object, Callable[[], None]] = {}
+        self._handlers: dict[Socket | int, Callable[[], None]] = {}
         self._num_monitors = 0
 
     def open(self, kind: int, *, is_control: bool) -> Socket:
@@ -128,26 +127,26 @@ class Sockets:
         with _translated("open the gate for keys"):
             return Gate(self._context.socket(zmq.REP), authorised, self)
 
-    def watch(self, source: Socket | int, handle: Callable[[], None], *, is_urgent: bool) -> None:
-        """Call `handle` whenever there is something to read; urgent ones first."""
-        (self._urgent if is_urgent else self._bulk)[source] = handle
+    def watch(self, source: Socket | int, handle: Callable[[], None]) -> None:
+        """Call `handle` whenever there is something to read."""
+        self._handlers[source] = handle
         self._poller.register(source, zmq.POLLIN)
 
     def unwatch(self, source: Socket | int) -> None:
         """Stop calling, if it was watched."""
-        if self._urgent.pop(source, None) or self._bulk.pop(source, None):
+        if self._handlers.pop(source, None) is not None:
             self._poller.unregister(source)
 
     def serve(self, wait_s: float) -> None:
         """Wait until something can be read, at most so long, and have it read: one message of every source.
 
-        One, because to ask a socket for a second one in vain costs more than to come back for it.
+        One, so that nobody's flood keeps others waiting, and because to ask a socket for a second one in vain costs more
+        than to come back for it.
         """
-        ready = self._poller.poll(math.ceil(wait_s * 1000))
-        for handlers in (self._urgent, self._bulk):
-            for source, _ in ready:
-                handle = handlers.get(source)  # None once another handler has closed it
-                if handle is not None:
+        for source, _ in self._poller.poll(math.ceil(wait_s * 1000)):
+            handle = self._handlers.get(source)
+            if handle is not None:  # it is once another handler has closed the source
+                with suppress(zmq.Again):  # the message has gone with its connection
                     handle()
 
     def close(self, socket: Socket, linger_ms: int = 0) -> None:
@@ -234,14 +233,14 @@ class Dealer(_Port):
                 self.socket.setsockopt(zmq.CURVE_SERVERKEY, server_key)
             self.socket.connect(address)
 
-    def watch(self, on_message: Callable[[], None], on_fate: Callable[[], None], *, is_urgent: bool) -> None:
+    def watch(self, on_message: Callable[[], None], on_fate: Callable[[], None]) -> None:
         """Call these when a message, or word of the connection, can be received.
 
         The monitor is watched by its file descriptor: ZeroMQ then asks the system about it, not the socket, which would
         cost more at each wait than all else. The price is that `on_fate` must receive until there is nothing.
         """
-        self.sockets.watch(self.socket, on_message, is_urgent=is_urgent)
-        self.sockets.watch(self._monitor_fd, on_fate, is_urgent=True)
+        self.sockets.watch(self.socket, on_message)
+        self.sockets.watch(self._monitor_fd, on_fate)
         on_fate()
 
     def receive_fate(self) -> Fate | None:
@@ -330,7 +329,7 @@ class Gate:
         self._sockets = sockets
         socket.linger = 0
         socket.bind("inproc://zeromq.zap.01")
-        sockets.watch(socket, self._answer, is_urgent=True)
+        sockets.watch(socket, self._answer)
 
     def close(self, linger_ms: int = 0) -> None:
         """Stop answering; to be closed after what it guards."""
