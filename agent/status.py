@@ -33,12 +33,15 @@ def run_status(config: StatusConfig) -> None:
     else:
         _print_session(console, session)
     answers = ask_nodes(deployment, config.timeout_s)
-    console.print(_node_table(deployment, answers, session.get("breakers", {})))
+    console.print(_node_table(deployment, answers, session.get("breakers", {}) if session.get("is_running") else {}))
 
 
 def _print_session(console: Console, session: dict[str, Any]) -> None:
     age_s = time.time() - session["written_at_unix_s"]
-    state = "running" if age_s < STALE_S else f"ended or silent for {age_s:.0f} s"
+    if not session["is_running"]:
+        state = f"ended {age_s:.0f} s ago"
+    else:
+        state = "running" if age_s < STALE_S else f"silent for {age_s:.0f} s: it hangs or was killed"
     console.print(f"session {session['pid']}: {state}; model {session['model']}, policy {session['policy']}")
     console.print(f"plan in force: {session['plan'] or 'none yet'}", markup=False)
     console.print(

@@ -146,6 +146,19 @@ class Reordered(nn.Module):
         return self.head(w) + self.side(right.mean((2, 3)))
 
 
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.table(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x.mean(1))
+
+
 def chain() -> tuple[nn.Module, torch.Tensor]:
     return Chain(), example()
 
@@ -168,3 +181,7 @@ def views() -> tuple[nn.Module, torch.Tensor]:
 
 def reordered() -> tuple[nn.Module, torch.Tensor]:
     return Reordered(), example()
+
+
+def tokens() -> tuple[nn.Module, torch.Tensor]:
+    return Tokens(), torch.arange(6).view(1, 6)

@@ -27,6 +27,7 @@ REQUIRED_FIELDS = {
     "NodeConfig.address",
     "NodeConfig.name",
     "NodeConfig.tier",
+    "RelayConfig.target",
     "WorkerConfig.model",
     "WorkerConfig.tier",
 }

@@ -1,5 +1,6 @@
 """A device session against real worker processes: same output, right story, nothing left behind."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import runtime
 from runtime.deployment import ModelConfig
@@ -25,6 +28,7 @@ from runtime.errors import (
 from runtime.testbed.cluster import Cluster
 from runtime.types import Constraints, Plan, Tier
 from tests.graphs import make_deployment
+from tests.splitting import assignments
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
@@ -89,6 +93,18 @@ def test_every_cut_gives_the_whole_models_output_bit_for_bit(
             result = session.infer(model.example, plan=coded, deadline_s=FAR_S)
             assert torch.equal(result.output, whole), plan.describe()
             assert result.outcome == ("remote" if plan.tiers[-1] is not Tier.DEVICE else "device"), result.reason
+
+
+def test_random_assignments_give_the_whole_models_output(
+    session: Session, model: runtime.Model, whole: torch.Tensor
+) -> None:
+    @settings(max_examples=40, database=None, derandomize=True)
+    @given(assignments(session.graph), st.sampled_from(["edge0", "edge1"]))
+    def check(plan: Plan, edge: str) -> None:
+        plan = dataclasses.replace(plan, edge_nodes=(edge,))
+        assert torch.equal(session.infer(model.example, plan=plan, deadline_s=FAR_S).output, whole), plan.describe()
+
+    check()
 
 
 def test_the_parts_of_a_breakdown_add_up_and_name_every_node_and_link(session: Session, model: runtime.Model) -> None:

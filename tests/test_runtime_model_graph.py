@@ -145,7 +145,7 @@ def test_flops_are_those_that_torch_counts() -> None:
         if find_kind(op) in exact
     )
     assert ours == counter.get_total_flops()
-    kinds = [layer.kind for layer in graph.spec.layers]
+    kinds = [layer.kind for layer in graph.spec.layers if layer.kind != "view"]
     assert kinds == ["conv", "depthwise_conv", "conv", "linear", "attention", "matmul", "matmul"]
 
 

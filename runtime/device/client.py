@@ -55,7 +55,7 @@ class Client:
         local: the model, or None on a device without it.
         auto: the codec's memory.
         on_end: called in the loop's thread when a request has ended, with its answer or error.
-        on_second: called in the loop's thread about once a second.
+        on_second: called in the loop's thread about once a second, and at its end.
     """
 
     def __init__(
@@ -100,6 +100,11 @@ class Client:
         self._hub.wake()
         self._thread.join()
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether `close` was called."""
+        return self._stop.is_set()
+
     def submit(self, request: Request) -> None:
         """Start a request; its future ends with an `Answer` or an `OffcutError`."""
         self._commands.append(lambda: self._admit(request))
@@ -123,6 +128,7 @@ class Client:
         finally:
             for request in list(self._requests.values()):
                 self._fail(request, PeerClosed("the session was closed before this request ended"))
+            self._on_second()
             self._executor.close()
             self._hub.close()
 

@@ -357,6 +357,7 @@ class Session:
             {
                 "version": 1,
                 "pid": os.getpid(),
+                "is_running": not self._client.is_closing,
                 "written_at_unix_s": time.time(),
                 "model": self.deployment.model.spec,
                 "policy": self.policy_spec.name,

@@ -11,8 +11,6 @@ from typing import Any
 
 from runtime.errors import ModelError, ProtocolError
 
-Plain = str | int | float | bool | None
-
 
 def dump_tree(tree: Any) -> str:
     """Write a tree whose tensors were replaced by `Leaf` as JSON.
@@ -54,14 +52,14 @@ def load_tree(text: str, leaves: Sequence[Any]) -> Any:
         ProtocolError: when the text is not one that `dump_tree` writes.
     """
     try:
-        return _load(json.loads(text), leaves)
+        return _load(json.loads(text), dict(enumerate(leaves)))
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise ProtocolError(f"expected an output tree as runtime.model.outputs writes it, got {text[:80]!r}") from error
 
 
-def _load(node: Any, leaves: Sequence[Any]) -> Any:
+def _load(node: Any, leaves: Mapping[int, Any]) -> Any:
     if "leaf" in node:
-        return dict(enumerate(leaves))[node["leaf"]]
+        return leaves[node["leaf"]]
     if "value" in node:
         return node["value"]
     if "dict" in node:

@@ -8,7 +8,6 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -107,7 +106,7 @@ def export(module: nn.Module, example: torch.Tensor) -> ExportedProgram:
         with torch.no_grad():
             return torch.export.export(module, (example,), strict=False)
     except Exception as error:
-        where = _find_layer(module, error.__traceback__)
+        where = _find_layer(module, error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"torch.export cannot trace this model: {where}: {reason}; {WAY_OUT}") from error
 
@@ -123,19 +122,21 @@ def _check_signature(module: nn.Module) -> None:
         )
 
 
-def _find_layer(module: nn.Module, trace: TracebackType | None) -> str:
-    """Name the innermost module of the model whose forward is in the traceback, with its source line."""
+def _find_layer(module: nn.Module, error: BaseException | None) -> str:
+    """Name the innermost module of the model that was in its forward when an error was raised, with the source line."""
     paths = {id(child): path for path, child in module.named_modules()}
     where = f"layer (root) ({type(module).__name__})"
-    while trace is not None:
-        frame = trace.tb_frame
-        owner = frame.f_locals.get("self")
-        is_call = frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl")  # torch's own way into forward
-        if isinstance(owner, nn.Module) and id(owner) in paths and not is_call:
-            path = paths[id(owner)] or "(root)"
-            file = frame.f_code.co_filename.rsplit("/", 1)[-1]
-            where = f"layer {path} ({type(owner).__name__}), line {trace.tb_lineno} of {file}"
-        trace = trace.tb_next
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            frame, owner = trace.tb_frame, trace.tb_frame.f_locals.get("self")
+            is_call = frame.f_code.co_name in ("_wrapped_call_impl", "_call_impl")  # torch's own way into forward
+            if isinstance(owner, nn.Module) and id(owner) in paths and not is_call:
+                path = paths[id(owner)] or "(root)"
+                file = frame.f_code.co_filename.rsplit("/", 1)[-1]
+                where = f"layer {path} ({type(owner).__name__}), line {trace.tb_lineno} of {file}"
+            trace = trace.tb_next
+        error = error.__cause__
     return where
 
 

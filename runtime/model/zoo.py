@@ -83,7 +83,7 @@ def load_model(
         built = _build(source, name, is_pretrained=weights == "pretrained")
         module = built.module.eval()
         if is_seeded:
-            condition(module, _make_batch(built, max(batch_size, CONDITIONING_ITEMS), seed))
+            _condition(spec, module, _make_batch(built, CONDITIONING_ITEMS, seed))
     if weights not in (None, "pretrained", "seeded"):
         load_weights(module, Path(weights))
     target = _find_device(device)
@@ -96,6 +96,16 @@ def load_model(
         batch_size=batch_size,
         weights=_label(weights, is_seeded, seed),
     )
+
+
+def _condition(spec: str, module: nn.Module, batch: torch.Tensor) -> None:
+    try:
+        condition(module, batch)
+    except Exception as error:
+        raise ModelError(
+            f"cannot make seeded weights for {spec}: its forward fails on an input of shape {tuple(batch.shape)}: "
+            f"{error}; pass a file of weights, or leave a factory's as they are"
+        ) from error
 
 
 def _label(weights: str | None, is_seeded: bool, seed: int) -> str:
@@ -234,9 +244,11 @@ def _build_timm(name: str, is_pretrained: bool) -> _Built:
             raise _no_pretrained(f"timm:{name}", error) from error
         raise ModelError(f"timm cannot build {name}: {error}") from error
     config = timm.data.resolve_model_data_config(module)
-    channels, height, width = config["input_size"]
-    if channels != 3:
-        return _Built(module, None, torch.randn(1, channels, height, width))
+    if config["input_size"][0] != 3:
+        raise ModelError(
+            f"timm:{name} does not take RGB images; wrap it in a factory (package.module:factory) that returns "
+            "(module, example)"
+        )
     return _Built(module, _timm_preprocessing(name, config))
 
 

@@ -72,7 +72,7 @@ class Relay:
     def __init__(self, target: Endpoint) -> None:
         if target.port is None:
             raise ConfigError(f"expected the address of a node, got {target.control}; name its port")
-        self._host, self._port = target.host, target.port
+        self._host, self._port = target.host.strip("[]"), target.port
         self._is_black_hole = False
         self._connections: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
