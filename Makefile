@@ -1,6 +1,6 @@
 # Every target sets the machine up first, so each works alone on a fresh checkout.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all demo
+.PHONY: help setup check test test-all demo bench
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -39,3 +39,7 @@ test-all: setup  ## Every test: all models, the long streams
 
 demo: setup  ## Send photographs through ResNet-50 on a device, two edges and a cloud
 	$(BIN)/python scripts/demo.py
+
+bench: setup  ## Echo tensors: our channel against raw pyzmq and gRPC, side by side
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python scripts/bench.py echo

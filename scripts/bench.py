@@ -1,0 +1,19 @@
+"""`make bench`: see `agent.bench`. Prints a table and the bars; exits 1 when a bar is missed."""
+
+import os
+import sys
+
+import tyro
+from rich.console import Console
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads its thread pool
+
+from agent.bench.echo import EchoConfig, run_echo
+
+if __name__ == "__main__":
+    config = tyro.extras.subcommand_cli_from_dict({"echo": EchoConfig})
+    report = run_echo(config)
+    report.show(Console())
+    if config.json is not None:
+        report.write(config.json)
+    sys.exit(0 if all(bar.holds for bar in report.bars) else 1)
