@@ -165,7 +165,7 @@ def _connect_pyzmq(stack: contextlib.ExitStack, address: str, keys: Path | None)
     header = bytes(170)  # as long as our own
 
     def echo(tensor: torch.Tensor) -> None:
-        dealer.send_multipart([header, memoryview(tensor.numpy())], copy=False)
+        dealer.send_multipart([header, tensor.numpy().data], copy=False)
         poller.poll()
         _, payload = dealer.recv_multipart(copy=False)
         torch.frombuffer(payload.buffer, dtype=tensor.dtype)
