@@ -167,8 +167,14 @@ class GraphSpec:
         return len(self.layers)
 
     def entry(self, input_kind: str) -> int:
-        """Index of the first layer a request of this kind runs: those before it cost and move nothing."""
-        return {"encoded": 0, "image": 1, "tensor": self.num_stage_layers}[input_kind]
+        """Index of the first layer a request of this kind runs: those before it cost and move nothing.
+
+        Raises:
+            ValueError: when there is no such kind.
+        """
+        if input_kind not in INPUT_KINDS:
+            raise ValueError(f"expected an input kind among {INPUT_KINDS}, got {input_kind!r}")
+        return min(INPUT_KINDS.index(input_kind), self.num_stage_layers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ class Counted(nn.Module):
         tokens = self.linear(x.flatten(2).transpose(1, 2)).unflatten(2, (2, 6)).transpose(1, 2)
         mixed = functional.scaled_dot_product_attention(tokens, tokens, tokens)
         scores = mixed @ tokens.transpose(-1, -2)
-        return torch.einsum("bhij,bhjk->bhik", scores, tokens)
+        return torch.einsum("b ... i j, b...jk -> b...ik", scores, tokens)
 
 
 def test_flops_are_those_that_torch_counts() -> None:

@@ -84,6 +84,8 @@ class Client:
         self._commands: deque[Callable[[], None]] = deque()
         self._pending_s: dict[tuple[str, int], float] = {}  # executor work not yet done -> predicted seconds
         self._stop = threading.Event()
+        self._gate = threading.Lock()
+        self._is_closed = False
         self._next_second_s = 0.0
         self._thread = threading.Thread(target=self._run, name="offcut-device-loop", daemon=True)
 
@@ -106,9 +108,16 @@ class Client:
         return self._stop.is_set()
 
     def submit(self, request: Request) -> None:
-        """Start a request; its future ends with an `Answer` or an `OffcutError`."""
-        self._commands.append(lambda: self._admit(request))
-        self._hub.wake()
+        """Start a request; its future ends with an `Answer` or an `OffcutError`.
+
+        Raises:
+            PeerClosed: when the client is closed.
+        """
+        with self._gate:
+            if self._is_closed:
+                raise PeerClosed("the session is closed; open another one")
+            self._commands.append(lambda: self._admit(request))
+            self._hub.wake()
 
     def backlog_s(self) -> float:
         """Predicted seconds of the work that waits or runs on the device."""
@@ -126,6 +135,10 @@ class Client:
             while not self._stop.is_set():
                 self._step()
         finally:
+            with self._gate:
+                self._is_closed = True
+            while self._commands:
+                self._commands.popleft()()
             for request in list(self._requests.values()):
                 self._fail(request, PeerClosed("the session was closed before this request ended"))
             self._on_second()
@@ -194,9 +207,7 @@ class Client:
 
     def _admit(self, request: Request) -> None:
         self._requests[request.number] = request
-        if self._stop.is_set():
-            self._fail(request, PeerClosed("the session is closed"))
-        elif request.route.device.layers and self._local is not None:
+        if request.route.device.layers and self._local is not None:
             self._submit_stage(request, self._local)
         else:
             self._stage_done(request)
@@ -230,7 +241,9 @@ class Client:
         request = self._requests.get(number)
         if request is None:
             return  # answered meanwhile
-        if done.error is not None:
+        if done.error is not None and request.is_remote:
+            request.local_error = _as_offcut_error(done.error)  # the node may still answer
+        elif done.error is not None:
             self._fail(request, _as_offcut_error(done.error))
         elif kind == "local":
             self._end(
@@ -286,10 +299,13 @@ class Client:
     def _remote_failed(self, request: Request, reason: str, error: OffcutError | None = None) -> None:
         """No answer will come from where the request was sent: finish it here, or elsewhere."""
         request.is_remote = False
-        request.reason = reason
+        if request.local_error is not None:
+            self._fail(request, request.local_error)
+            return
         if self._local is not None:
             self._finish_here(request, reason)
             return
+        request.reason = reason
         for contact in self.contacts:
             is_well = contact.is_described and contact.breaker.state is not BreakerState.OPEN
             if is_well and contact.name not in request.tried:

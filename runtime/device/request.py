@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runtime.errors import OffcutError
 from runtime.planning.problem import Route
 from runtime.types import DEVICE_NODE, LatencyBreakdown, Plan, SystemState
 from runtime.wire.messages import Hop
@@ -53,6 +54,7 @@ class Request:
     target: str = ""
     tried: set[str] = field(default_factory=set)
     reason: str = ""
+    local_error: OffcutError | None = None  # why the device could not finish it
     sent_at_s: float = math.nan
     device_queue_s: float = 0.0
     device_compute_s: float = 0.0

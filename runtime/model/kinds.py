@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from runtime.model.program import Op
+from runtime.model.program import Op, find_refs
 
 Shape = tuple[int, ...]
 
@@ -67,7 +67,7 @@ def makes_fresh_memory(op: Op) -> bool:
 def count_flops(op: Op, shape_of: Callable[[str], Shape | None], result: Shape) -> float:
     """FLOPs of an operation: two per multiply-add, exact for conv, linear, matmul and attention; else its elements."""
     counter = _COUNTERS.get(find_kind(op))
-    shapes = [shape_of(name) for name in op.reads]
+    shapes = [shape_of(ref.name) for ref in find_refs(op.args)]
     if counter is not None and all(shape is not None for shape in shapes):
         return float(counter(op, [shape for shape in shapes if shape is not None], result))
     return float(math.prod(result))
@@ -93,16 +93,17 @@ def _count_matmul(op: Op, shapes: Sequence[Shape], result: Shape) -> int:
 
 def _count_einsum(equation: str, shapes: Sequence[Shape]) -> int:
     sizes: dict[str, int] = {}
-    for term, shape in zip(equation.split("->")[0].split(","), shapes, strict=False):
-        letters = term.strip()
-        if "." in letters:
-            return max(math.prod(s) for s in shapes)
-        sizes.update(zip(letters, shape, strict=True))
+    for letters, shape in zip(equation.replace(" ", "").split("->")[0].split(","), shapes, strict=True):
+        # An ellipsis stands for the leading dimensions that the letters leave over.
+        named = letters.replace("...", "")
+        rest = len(shape) - len(named)
+        sizes.update(zip(named, shape[rest:], strict=True))
+        sizes["..."] = max(sizes.get("...", 1), math.prod(shape[:rest]))
     return math.prod(sizes.values())
 
 
 def _count_attention(_op: Op, shapes: Sequence[Shape], _result: Shape) -> int:
-    query, key, value = [*shapes, shapes[-1], shapes[-1]][:3]  # (..., length, width); one tensor may be all three
+    query, key, value = shapes[:3]  # (..., length, width)
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 

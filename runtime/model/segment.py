@@ -160,11 +160,12 @@ class _Builder:
         frees = self._find_last_reads()
         unsafe = self._find_unsafe_writes()
         layers: dict[int, list[Step]] = {layer: [] for layer in self.stage.layers}
-        for index, (layer, op) in enumerate(self.ops):
+        for (layer, op), ends in zip(self.ops, frees, strict=True):
             if op.name in unsafe:
                 copy, op = self._write_to_copy(op, unsafe[op.name])
                 layers[layer].append(self._make_step(copy, []))
-            layers[layer].append(self._make_step(op, frees[index]))
+                ends.append(self.slots[copy.name])
+            layers[layer].append(self._make_step(op, ends))
         return list(layers.items())
 
     def _find_last_reads(self) -> list[list[int]]:

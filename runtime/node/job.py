@@ -73,12 +73,12 @@ class Job:
 
         Raises:
             PlanError: when the plan does not fit the model.
+            ValueError: when there is no such kind of input.
             ProtocolError: when other tensors came than the plan makes cross.
         """
         graph = model.graph.spec
         entry = graph.entry(submit.input_kind)
-        if len(submit.plan.tiers) == graph.num_layers:
-            check_monotone(graph, submit.plan, entry)
+        check_monotone(graph, submit.plan, entry)
         route = find_route(graph, submit.plan, submit.input_kind)
         if tier not in route.tiers:
             raise PlanError(f"the plan gives nothing to the {tier.label} tier: {submit.plan.describe()}")

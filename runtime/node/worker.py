@@ -216,7 +216,7 @@ class Worker:
         key: Key = (client, submit.request)
         try:
             job = Job.accept(client, submit, self._model(submit), self._tier, received, nbytes, now_s)
-        except (OffcutError, ValueError, IndexError) as error:
+        except (OffcutError, ValueError) as error:
             self._fail(client, submit.request, "error", str(error), is_plan_fault=isinstance(error, PlanError))
             return
         if key in self._jobs:

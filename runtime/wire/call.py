@@ -47,7 +47,7 @@ _FIRST_HELLO_AFTER_S = 0.1
 _LAST_HELLO_AFTER_S = 1.0
 _REDIAL_AFTER_S = 3.0
 """A call that makes no progress for so long gets new sockets: a connection over a path that was cut may hang."""
-_CLOSED_EARLY = 3  # in a row, of either connection
+_CLOSED_EARLY = 10  # in a row, of either connection: half a second of attempts, in which other causes show themselves
 
 _FROM_NODE: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
     Welcome | Refused | Described | Goodbye | Ping | Pong | Ack | Status | Failure
@@ -95,6 +95,7 @@ class Call(Session):
         self._num_strikes = 0
         self._num_closed_early = 0
         self._was_reached = False
+        self._is_turned_away = False
 
     @abstractmethod
     def redial(self) -> None:
@@ -119,10 +120,12 @@ class Call(Session):
             case Fate.DISCONNECTED:
                 self._disconnected(now_s, is_control=is_control)
             case Fate.KEY_REFUSED:
-                self.reject("it does not know our key; copy our *.key file into the folder of keys it reads", now_s)
+                self._turned_away(
+                    "it does not know our key; copy our *.key file into the folder of keys it reads", now_s
+                )
             case Fate.SECURITY_DIFFERS:
                 here, there = ("keys", "none") if self._has_keys else ("no keys", "CURVE keys")
-                self.reject(
+                self._turned_away(
                     f"expected the same security on both sides, got {here} here and {there} there; give this side a key "
                     "pair and the node's public key, or start the node without keys",
                     now_s,
@@ -151,6 +154,15 @@ class Call(Session):
         if self._welcome is not None:  # both connections serve one conversation: it starts over
             self._hang_up("the connection was closed: the node stopped, or the way to it was cut", now_s)
 
+    def _turned_away(self, text: str, now_s: float) -> None:
+        """Say why, and come back later with new sockets: ZeroMQ does not try again on a connection refused so."""
+        if self.is_up:
+            self._hang_up(text, now_s)
+        self.reject(text, now_s)
+        self._welcome = None
+        self._is_turned_away = True
+        self._redial_s = now_s + _LAST_HELLO_AFTER_S
+
     def _closed_early(self, now_s: float) -> None:
         """A node that cannot read our key exchange closes it; a relay closes what its node, being down, cannot take.
 
@@ -159,8 +171,8 @@ class Call(Session):
         self._num_closed_early += 1
         if self._has_keys and not self._was_reached and self._num_closed_early == _CLOSED_EARLY:
             self.reject(
-                "it closes the connection during the key exchange: the public key we have is not the node's own, or a "
-                "relay in front of it finds it down; compare the key with the node's *.key file",
+                "it closes the connection during the key exchange: the public key we have is not the node's own (compare "
+                "it with the node's *.key file), or the node has no keys, or a relay in front of it finds it down",
                 now_s,
             )
 
@@ -221,8 +233,8 @@ class Call(Session):
                 super().take(message, now_s)
 
     def _take_welcome(self, welcome: Welcome, now_s: float) -> None:
-        if self._welcome is not None:
-            return  # answer to a Hello that was repeated
+        if self._welcome is not None or self._is_turned_away:
+            return  # answer to a Hello that was repeated; or the other connection was refused
         if welcome.version != PROTOCOL_VERSION:
             self.say(Goodbye())
             self.reject(version_text(PROTOCOL_VERSION, welcome.version), now_s)
@@ -310,6 +322,7 @@ class Call(Session):
         self._hello_s = math.inf
         self._redial_s = now_s + _REDIAL_AFTER_S
         self._num_strikes = 0
+        self._is_turned_away = False
         self.redial()
 
 

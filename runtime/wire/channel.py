@@ -178,7 +178,8 @@ class Hub:
         self._events: list[Event] = []
         self._lines: list[_Line] = []
         self._door: Door | None = None
-        self._doorway: tuple[Router | Gate, ...] = ()
+        self._gate: Gate | None = None
+        self._routers: tuple[Router, ...] = ()
         self._tick_s = 0.0
         self._is_calling = self._is_woken = self._is_closed = False
         self._sockets = Sockets(self._limits)
@@ -230,15 +231,16 @@ class Hub:
             raise ConfigError("expected a folder of client keys beside our own keys, got none; pass authorised=FOLDER")
         if self._door is not None:
             raise ConfigError(f"expected one bind per hub, got a second one to {address}; open another Hub")
+        # The gate stands before anybody can knock, for without one ZeroMQ lets every key in; and stays if we bind in vain.
+        if self._gate is None and self._keys is not None and self._authorised is not None:
+            self._gate = self._sockets.open_gate(self._authorised)
         control = Router(self._sockets, endpoint, self._keys, is_control=True)
         data = Router(self._sockets, endpoint, self._keys, is_control=False)
-        # The gate stands before anybody can knock: without one, ZeroMQ lets every key in.
-        gate = () if self._authorised is None or self._keys is None else (self._sockets.open_gate(self._authorised),)
-        self._doorway = (control, data, *gate)
+        self._routers = (control, data)
         try:
             bound = bind_pair(control, data, endpoint)
         except TransportError:
-            self._close_doorway()
+            self._close_routers()
             raise
         routers = Routers(send_control=control.send_to, send_data=data.send_to)
         self._door = Door(welcome, routers, limits=self._limits, emit=self._tell)
@@ -296,7 +298,9 @@ class Hub:
             line.close()
         for guest in self._door or ():
             guest.dismiss()
-        self._close_doorway()
+        self._close_routers()
+        if self._gate is not None:
+            self._gate.close()
         self._sockets.unwatch(self._wake_out.fileno())
         self._sockets.close_all()
         self._wake_in.close()
@@ -377,10 +381,10 @@ class Hub:
         if type(event) in _TURNS:
             self._tick_s = 0.0  # other things are due now: a first ping, a Hello
 
-    def _close_doorway(self) -> None:
-        for opening in self._doorway:
-            opening.close(_GOODBYE_MS)
-        self._doorway = ()
+    def _close_routers(self) -> None:
+        for router in self._routers:
+            router.close(_GOODBYE_MS)
+        self._routers = ()
 
     def _tick(self, now_s: float) -> None:
         sessions: list[Session] = [*self._lines]

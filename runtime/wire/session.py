@@ -250,7 +250,7 @@ class Session(Peer, ABC):
                 self._pings_s.popitem(last=False)
 
     def _probe_if_due(self, now_s: float) -> None:
-        probe_bytes = due_probe_bytes(self.meter, self.uplink.is_idle, now_s)
+        probe_bytes = min(due_probe_bytes(self.meter, self.uplink.is_idle, now_s), self.limits.message_bytes)
         if self.is_data_open and probe_bytes:
             self.push(Probe(), (_probe_bytes()[:probe_bytes],), probe_bytes, None, now_s)
 

@@ -155,8 +155,8 @@ class Sockets:
         socket.close(linger_ms)
 
     def close_all(self) -> None:
-        """Close the context, once all sockets are closed and have said their last."""
-        self._context.term()
+        """Close the context, once all sockets have said their last. One that was forgotten is closed with it."""
+        self._context.destroy(linger=0)
 
 
 class _Port:
@@ -331,9 +331,9 @@ class Gate:
         socket.bind("inproc://zeromq.zap.01")
         sockets.watch(socket, self._answer)
 
-    def close(self, linger_ms: int = 0) -> None:
+    def close(self) -> None:
         """Stop answering; to be closed after what it guards."""
-        self._sockets.close(self._socket, linger_ms)
+        self._sockets.close(self._socket)
 
     def _answer(self) -> None:
         with suppress(zmq.ZMQError):
