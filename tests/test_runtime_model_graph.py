@@ -206,9 +206,16 @@ def test_a_model_that_writes_to_its_input_leaves_the_callers_alone() -> None:
     assert same_bits(x, before)
 
 
+def windows(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overlapping windows arrive without overlap, and then `flatten` is a view of them, not a copy."""
+    y = y.unfold(3, 4, 2)
+    return y.flatten(1).mul_(2.0), y.amax((3, 4))
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        windows,
         lambda y: y.add_(torch.ones(8, dtype=torch.float64)).mul(2) + y,  # a twin would promote to float64
         lambda y: (y.transpose(2, 3).relu_().mean((2, 3)), y.amax((2, 3))),  # a view of it is read again
         lambda y: y.squeeze_(0).sum(0),  # changes the shape in place
@@ -216,7 +223,7 @@ def test_a_model_that_writes_to_its_input_leaves_the_callers_alone() -> None:
         lambda y: y.new_zeros(y.shape).copy_(y).relu_(),  # writes the input into a constant
         lambda y: functional.relu(y.expand(1, 4, 8, 8)).cumsum(3).transpose(1, 3).mul_(3).sum((1, 2)),
     ],
-    ids=["promotes", "view", "squeeze", "part", "into_constant", "strides"],
+    ids=["windows", "promotes", "view", "squeeze", "part", "into_constant", "strides"],
 )
 def test_writes_in_place_keep_their_meaning_at_every_cut(function: Callable[[torch.Tensor], object]) -> None:
     check_all_cuts(Function(function))

@@ -137,8 +137,8 @@ def test_three_thousand_mutated_messages_do_not_keep_an_honest_client_from_being
             is_control, parts = seeds(chance)
             attacker.send(attacker.control if is_control else attacker.data, mutate(chance, parts))
             sent += 1
-            if sent % 10 == 0:
-                number = sent // 10
+            if sent % 25 == 0:
+                number = sent // 25
                 device.send_data(peer, submit(number, [b"honest"]), [b"honest"], number)
                 group.drive(lambda: group.of(device, Delivered))
                 group.forget()

@@ -1,7 +1,6 @@
 """A whole deployment on this machine: real worker processes on loopback, and links that can be cut."""
 
 import contextlib
-import json
 import logging
 import shutil
 import signal
@@ -10,12 +9,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+import msgspec
 
 from runtime.deployment import Deployment, ModelConfig, NodeConfig
 from runtime.device.session import Session
 from runtime.errors import ClusterError
 from runtime.planning.policies.registry import PolicySpec
 from runtime.testbed.process import ManagedProcess
+from runtime.testbed.rate import LinkShape
 from runtime.types import Constraints, Tier
 
 logger = logging.getLogger(__name__)
@@ -28,7 +31,16 @@ MAX_RESTARTS = 100
 
 
 class Relay:
-    """A relay in front of one node: passes everything on, or swallows it."""
+    """A relay in front of one node: passes everything on, shapes it, or swallows it.
+
+    Args:
+        name: of its process.
+        target: address of the node.
+        log_folder: where its log goes.
+
+    Raises:
+        ClusterError: when it did not start.
+    """
 
     def __init__(self, name: str, target: str, log_folder: Path) -> None:
         self._process = ManagedProcess(name, "runtime.testbed.shaping", ["--target", target], log_folder)
@@ -40,7 +52,15 @@ class Relay:
 
     def set_black_hole(self, on: bool) -> None:
         """Swallow everything from now on, without a reset; or pass it on again."""
-        self._process.send_line(json.dumps({"black_hole": on}))
+        self._command({"black_hole": on})
+
+    def shape(self, *, up: LinkShape | None = None, down: LinkShape | None = None) -> None:
+        """Give a direction another shape from now on: `up` is client to node; None leaves it as it is."""
+        shapes = {"up": up, "down": down}
+        self._command({name: shape for name, shape in shapes.items() if shape is not None})
+
+    def _command(self, command: dict[str, Any]) -> None:
+        self._process.send_line(msgspec.json.encode(command).decode())
         self._process.wait_line("OK", READY_S)
 
     def stop(self) -> None:

@@ -1,40 +1,41 @@
-"""A relay in front of one node, in a process of its own: a link that a test or an experiment can spoil.
+"""A link in user space: a relay that passes a node's two ports on, shaped in each direction, or swallows everything.
 
-    client  --UP-->    relay port p      --UP-->    node port q        control
-            <--DOWN--                    <--DOWN--
-    client  --UP-->    relay port p + 1  --UP-->    node port q + 1    data
-            <--DOWN--                    <--DOWN--
+    client --- p   (control) ---> relay --- target port     (control) ---> node
+    client --- p+1 (data)    ---> relay --- target port + 1 (data)    ---> node
 
-`python -m runtime.testbed.shaping --target tcp://127.0.0.1:7001` prints `READY tcp://127.0.0.1:<p>`, then takes one JSON
-object per line on standard input and answers `OK ...` or `ERROR ...`. It ends when its input does, or on SIGTERM.
-
-    {"black_hole": true}    swallow everything, in both directions, without a reset; connections are still accepted
-    {"black_hole": false}   pass on again; connections from before are closed, so that both ends see a clean start
-
-Bytes pass untouched and in order. Who reads slowly slows down who writes; the bytes that wait in here for a connection
-that is closed are dropped with it.
+Each direction of the link has one rate for all its connections, control first, then a delay with jitter. Run as
+`python -m runtime.testbed.shaping --target tcp://HOST:PORT`: prints `READY tcp://127.0.0.1:p`, takes one JSON command
+per line on standard input (`{"black_hole": true}`, `{"up": {"rates_bps": [8e6], "delay_s": 0.02}}`), answers each with
+`OK` or `ERROR` and a text, and ends with standard input or SIGTERM. Imports neither torch nor zmq: it starts at once and
+knows nothing of what it carries.
 """
 
 import asyncio
-import errno
-import json
-import logging
+import contextlib
+import enum
 import signal
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import cast
 
+import msgspec
 import tyro
 
 from runtime.address import Endpoint
 from runtime.errors import ConfigError, TransportError
+from runtime.testbed.pacer import Pacer
+from runtime.testbed.rate import LinkShape
 
-_log = logging.getLogger(__name__)
+PORT_ATTEMPTS = 50
 
-_HOST = "127.0.0.1"
-_PAIR_ATTEMPTS = 64
+CHUNKS_ON_THE_WAY = 4096
+"""Chunks of one connection that have left and not arrived; more only with delays of many seconds."""
+
+
+class Kind(enum.IntEnum):
+    """What a connection carries; the lower number goes first."""
+
+    CONTROL = 0
+    DATA = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,289 +46,241 @@ class RelayConfig:
     """Address of the node, tcp://HOST:PORT; its tensors use the next port."""
 
 
-class Kind(Enum):
-    """What a connection carries: which of the two ports it was made to."""
+class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One line of standard input; what is left out stays as it is."""
 
-    CONTROL = 0
-    DATA = 1
-
-
-class Direction(Enum):
-    """Where bytes go."""
-
-    UP = "up"  # to the node
-    DOWN = "down"  # to the client
-
-
-class _End(asyncio.Protocol):
-    """One end of a connection. What is read here goes `direction`, out of the other end."""
-
-    def __init__(self, connection: "_Connection", direction: Direction) -> None:
-        self.direction = direction
-        self.transport: asyncio.Transport | None = None
-        self._connection = connection
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self._connection.opened(self)
-
-    def data_received(self, data: bytes) -> None:
-        self._connection.carry(self, data)
-
-    def eof_received(self) -> bool:
-        # True keeps the transport: a black hole swallows the end of a connection too.
-        return self._connection.is_swallowed
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.transport = None
-        self._connection.lost(self)
-
-    def pause_writing(self) -> None:
-        self._connection.set_flow(self, is_on=False)
-
-    def resume_writing(self) -> None:
-        self._connection.set_flow(self, is_on=True)
-
-    def set_reading(self, *, is_on: bool) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            if is_on:
-                self.transport.resume_reading()
-            else:
-                self.transport.pause_reading()
-
-    def abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
+    black_hole: bool | None = None
+    up: LinkShape | None = None  # client to node
+    down: LinkShape | None = None
 
 
 class _Connection:
-    """A client's connection and the one made to the node for it."""
+    """One client connection and, unless it is swallowed from its start, the one to the node."""
 
-    def __init__(self, relay: "Relay", kind: Kind) -> None:
+    def __init__(self, kind: Kind, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.kind = kind
-        self.client = _End(self, Direction.UP)
-        self.node = _End(self, Direction.DOWN)
-        self._relay = relay
-
-    @property
-    def is_swallowed(self) -> bool:
-        """Whether bytes and closings get lost in here."""
-        return self._relay.is_black_hole
-
-    def opened(self, end: _End) -> None:
-        """Take in a new end; the client's waits until the node's is there."""
-        if end is self.client:
-            self._relay.add(self)
-            if not self.is_swallowed:
-                end.set_reading(is_on=False)
-                self._relay.reach_node(self)
-        else:
-            self.client.set_reading(is_on=True)
-            if self.client.transport is None:  # gone in the meantime
-                end.abort()
-
-    def carry(self, end: _End, data: bytes) -> None:
-        """Pass on what was read at one end: every byte of every direction and kind comes through here."""
-        sink = self._other(end).transport
-        if self.is_swallowed or sink is None:
-            return
-        sink.write(data)
-
-    def set_flow(self, sink: _End, *, is_on: bool) -> None:
-        """Stop or start reading at the end whose bytes leave by `sink`; a black hole never fills up."""
-        self._other(sink).set_reading(is_on=is_on or self.is_swallowed)
-
-    def swallow(self) -> None:
-        """Go on reading at both ends, whatever held them up."""
-        for end in (self.client, self.node):
-            end.set_reading(is_on=True)
-
-    def lost(self, end: _End) -> None:
-        """Close the other end too, unless nobody may hear of it."""
-        if not self.is_swallowed:
-            self._other(end).abort()
-        if self.client.transport is None and self.node.transport is None:
-            self._relay.discard(self)
+        self.reader = reader
+        self.writer = writer
+        self.far_writer: asyncio.StreamWriter | None = None
+        self.is_swallowed = False
 
     def close(self) -> None:
-        """Close both ends; what waits in here is gone."""
-        for end in (self.client, self.node):
-            end.abort()
-
-    def _other(self, end: _End) -> _End:
-        return self.node if end is self.client else self.client
+        """Close both sides at once; bytes that were not passed on are dropped."""
+        for writer in (self.writer, self.far_writer):
+            if writer is not None and writer.transport is not None:
+                writer.transport.abort()
 
 
 class Relay:
-    """Two listening ports, and the connections through them."""
+    """Listens on two consecutive loopback ports and passes them on to a node's.
+
+    Args:
+        target: the node.
+
+    Raises:
+        ConfigError: when the target has no port.
+    """
 
     def __init__(self, target: Endpoint) -> None:
-        """Make a relay; `listen` opens it.
-
-        Args:
-            target: the node.
-
-        Raises:
-            ConfigError: if the target has no port.
-        """
         if target.port is None:
             raise ConfigError(f"expected the address of a node, got {target.control}; name its port")
-        self.is_black_hole = False
         self._host, self._port = target.host.strip("[]"), target.port
-        self._servers: list[asyncio.Server] = []
+        self._up = Pacer()
+        self._down = Pacer()
+        self._is_black_hole = False
         self._connections: set[_Connection] = set()
-        self._reaching: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._servers: list[asyncio.Server] = []
 
     async def listen(self) -> str:
-        """Take two consecutive free ports of the loopback interface.
-
-        Returns:
-            The control address; data is on the next port.
+        """Take two consecutive free ports and give the address of the first.
 
         Raises:
-            TransportError: if no such pair can be had.
+            TransportError: when no free pair was found.
         """
-        for _ in range(_PAIR_ATTEMPTS):
-            control = await self._listen(Kind.CONTROL, 0)
+        for _ in range(PORT_ATTEMPTS):
+            control = await asyncio.start_server(self._accept_control, "127.0.0.1", 0)
             port: int = control.sockets[0].getsockname()[1]
             try:
-                data = await self._listen(Kind.DATA, port + 1)
-            except (OSError, OverflowError) as error:
+                data = await asyncio.start_server(self._accept_data, "127.0.0.1", port + 1)
+            except (OSError, OverflowError):
                 control.close()
-                await control.wait_closed()
-                if isinstance(error, OSError) and error.errno != errno.EADDRINUSE:
-                    raise TransportError(f"cannot listen on {_HOST}:{port + 1}: {error.strerror}") from error
-            else:
-                self._servers = [control, data]
-                return f"tcp://{_HOST}:{port}"
-        raise TransportError(f"found no two free ports in a row in {_PAIR_ATTEMPTS} attempts; close some programs")
+                continue
+            self._servers = [control, data]
+            return f"tcp://127.0.0.1:{port}"
+        raise TransportError(f"found no two consecutive free ports in {PORT_ATTEMPTS} attempts; close some programs")
 
-    def set_black_hole(self, is_on: bool) -> None:
-        """Start to swallow everything, or pass on again what comes over new connections."""
-        if is_on == self.is_black_hole:
-            return
-        self.is_black_hole = is_on
-        for connection in list(self._connections):
-            if is_on:
-                connection.swallow()
-            else:
+    def obey(self, command: Command) -> None:
+        """Carry out a command."""
+        if command.up is not None:
+            self._up.shape(command.up)
+        if command.down is not None:
+            self._down.shape(command.down)
+        if command.black_hole is not None:
+            self._set_black_hole(command.black_hole)
+
+    def _set_black_hole(self, on: bool) -> None:
+        """Swallow everything in both directions from now on, without a reset; or pass on again.
+
+        Connections that have swallowed bytes are closed when it is switched off: a stream with a hole in it is of no
+        use, and a peer that sees a clean end connects anew.
+        """
+        self._is_black_hole = on
+        for connection in tuple(self._connections):
+            if on:
+                connection.is_swallowed = True
+            elif connection.is_swallowed:
                 connection.close()
 
     async def close(self) -> None:
-        """Close both ports and all connections."""
-        self.is_black_hole = False  # closings are to be seen again
+        """Close every port and connection."""
         for server in self._servers:
             server.close()
-        for task in self._reaching:
+        for task in self._tasks:
             task.cancel()
-        for connection in list(self._connections):
-            connection.close()
-        await asyncio.gather(*self._reaching, return_exceptions=True)
-        for server in self._servers:
-            await server.wait_closed()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def add(self, connection: _Connection) -> None:
-        """Take in a connection that a client made."""
+    async def _accept_control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._serve(_Connection(Kind.CONTROL, reader, writer))
+
+    async def _accept_data(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._serve(_Connection(Kind.DATA, reader, writer))
+
+    async def _serve(self, connection: _Connection) -> None:
+        """Carry one connection from its start to its end."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         self._connections.add(connection)
-
-    def discard(self, connection: _Connection) -> None:
-        """Forget a connection that is closed at both ends."""
+        connection.is_swallowed = self._is_black_hole
+        # The node may be down, or a side be reset: the other side is closed below. Cancelled: the relay ends.
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            if connection.is_swallowed:
+                while await connection.reader.read(2**16):
+                    pass
+            else:
+                await self._join(connection)
+        connection.close()
         self._connections.discard(connection)
+        self._tasks.discard(task)
 
-    def reach_node(self, connection: _Connection) -> None:
-        """Make the other half of a connection; if the node is down the client's half is closed."""
-        task = asyncio.get_running_loop().create_task(self._reach_node(connection))
-        self._reaching.add(task)
-        task.add_done_callback(self._reaching.discard)
-
-    async def _reach_node(self, connection: _Connection) -> None:
-        port = self._port + connection.kind.value
+    async def _join(self, connection: _Connection) -> None:
+        """Connect to the node and carry both directions; the end of one is the end of both."""
+        port = self._port + connection.kind
+        far_reader, connection.far_writer = await asyncio.open_connection(self._host, port)
+        directions = [
+            asyncio.create_task(self._carry(connection, connection.reader, connection.far_writer, self._up)),
+            asyncio.create_task(self._carry(connection, far_reader, connection.writer, self._down)),
+        ]
         try:
-            await asyncio.get_running_loop().create_connection(lambda: connection.node, self._host, port)
-        except OSError as error:
-            _log.debug("%s:%s does not answer: %s", self._host, port, error)
-            connection.client.abort()
+            await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for direction in directions:
+                direction.cancel()
+            await asyncio.gather(*directions, return_exceptions=True)
 
-    async def _listen(self, kind: Kind, port: int) -> asyncio.Server:
-        loop = asyncio.get_running_loop()
-        return await loop.create_server(lambda: _Connection(self, kind).client, _HOST, port)
-
-
-class _Commands(asyncio.Protocol):
-    """Standard input, line by line."""
-
-    def __init__(self, take: Callable[[str], None], stop: Callable[[], None]) -> None:
-        self._take = take
-        self._stop = stop
-        self._rest = b""
-
-    def data_received(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            if line.strip():
-                self._take(line.decode(errors="replace"))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop()
+    async def _carry(
+        self, connection: _Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pacer: Pacer
+    ) -> None:
+        """Carry one direction of one connection until it ends: read, send, arrive, each at its own pace."""
+        waiting: asyncio.Queue[_Chunk] = asyncio.Queue(1)  # the next chunk stands ready while one is sent
+        on_the_way: asyncio.Queue[_Chunk] = asyncio.Queue(CHUNKS_ON_THE_WAY)
+        tasks = [
+            asyncio.create_task(_read(reader, pacer, waiting)),
+            asyncio.create_task(_send(connection, pacer, waiting, on_the_way)),
+            asyncio.create_task(_arrive(connection, on_the_way, writer)),
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Some bytes and an instant of the loop: when they were there, then when they are due. No bytes: the end."""
+
+    at_s: float
+    data: bytes
 
 
-def _obey(relay: Relay, line: str) -> str:
-    """Carry out one command and give the answer."""
+async def _read(reader: asyncio.StreamReader, pacer: Pacer, waiting: asyncio.Queue[_Chunk]) -> None:
+    """Read chunk after chunk until the end."""
+    loop = asyncio.get_running_loop()
+    while True:
+        data = await reader.read(pacer.chunk_bytes())
+        await waiting.put(_Chunk(loop.time(), data))
+        if not data:
+            return
+
+
+async def _send(
+    connection: _Connection, pacer: Pacer, waiting: asyncio.Queue[_Chunk], on_the_way: asyncio.Queue[_Chunk]
+) -> None:
+    """Send chunk after chunk; what comes while the connection is swallowed goes nowhere."""
+    while True:
+        chunk = await waiting.get()
+        if not chunk.data:
+            await on_the_way.put(chunk)
+            return
+        if not connection.is_swallowed:
+            due_s = await pacer.send(connection.kind, len(chunk.data), chunk.at_s)
+            await on_the_way.put(_Chunk(due_s, chunk.data))
+
+
+async def _arrive(connection: _Connection, on_the_way: asyncio.Queue[_Chunk], writer: asyncio.StreamWriter) -> None:
+    """Hand on what was sent when it is due."""
+    loop = asyncio.get_running_loop()
+    while True:
+        chunk = await on_the_way.get()
+        if not chunk.data:
+            return
+        if chunk.at_s > loop.time():
+            await asyncio.sleep(chunk.at_s - loop.time())
+        if not connection.is_swallowed:
+            writer.write(chunk.data)
+            await writer.drain()
+
+
+async def _listen_to_input(relay: Relay) -> None:
+    """Carry out commands from standard input until it ends."""
+    reader = asyncio.StreamReader(limit=2**24)  # a trace is one line
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     try:
-        command = json.loads(line)
-    except ValueError:
-        command = None
-    if isinstance(command, dict) and command.keys() == {"black_hole"} and isinstance(command["black_hole"], bool):
-        relay.set_black_hole(command["black_hole"])
-        return f"OK {json.dumps(command)}"
-    return f'ERROR expected {{"black_hole": true}} or {{"black_hole": false}}, got {line[:200]}'
+        while line := await reader.readline():
+            try:
+                relay.obey(msgspec.json.decode(line, type=Command))
+                answer = "OK"
+            except (msgspec.MsgspecError, ConfigError) as error:
+                answer = f"ERROR {error}"
+            sys.stdout.write(answer + "\n")
+            sys.stdout.flush()
+    finally:
+        transport.close()
 
 
 async def run_relay(config: RelayConfig) -> None:
     """Run a relay until standard input ends or SIGTERM comes.
 
     Raises:
-        ConfigError: if the target is no address of a node.
-        TransportError: if no ports are free.
+        ConfigError: when the target is no address.
+        TransportError: when no ports are free.
     """
     relay = Relay(Endpoint.parse(config.target))
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     address = await relay.listen()
-    commands, _ = await loop.connect_read_pipe(
-        lambda: _Commands(lambda line: _say(_obey(relay, line)), stop.set), sys.stdin
-    )
-    try:
-        _say(f"READY {address}")
-        await stop.wait()
-    finally:
-        commands.close()
-        await relay.close()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a relay as a program.
-
-    Args:
-        argv: command line without the program's name; None takes the process's own.
-
-    Returns:
-        Exit code: 0 ok, 1 failure; a usage error exits with 2.
-    """
-    config = tyro.cli(RelayConfig, prog="python -m runtime.testbed.shaping", args=argv)
-    try:
-        asyncio.run(run_relay(config))
-    except (ConfigError, TransportError) as error:
-        sys.stderr.write(f"relay: {error}\n")
-        return 1
-    return 0
+    listening = asyncio.create_task(_listen_to_input(relay))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, listening.cancel)
+    print(f"READY {address}", flush=True)
+    with contextlib.suppress(asyncio.CancelledError):
+        await listening
+    await relay.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        asyncio.run(run_relay(tyro.cli(RelayConfig)))
+    except (ConfigError, TransportError) as error:
+        sys.exit(f"relay: {error}")

@@ -64,7 +64,7 @@ def decode(decoder: "msgspec.msgpack.Decoder[Message]", data: Buffer) -> Message
     """
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's DecodeError is a ValueError; so is bad UTF-8
         raise ProtocolError(f"malformed message of {len(data)} bytes: {error}") from error
 
 
