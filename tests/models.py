@@ -185,3 +185,24 @@ def reordered() -> tuple[nn.Module, torch.Tensor]:
 
 def tokens() -> tuple[nn.Module, torch.Tensor]:
     return Tokens(), torch.arange(6).view(1, 6)
+
+
+class Attention(nn.Module):
+    """Patches that attend to each other, as torch's own module does it: fused where torch may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 8, stride=8)
+        self.norm = nn.LayerNorm(16)
+        self.attend = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        y = self.norm(x)
+        y, _ = self.attend(y, y, y, need_weights=False)
+        return self.head((x + y).mean(1))
+
+
+def attention() -> tuple[nn.Module, torch.Tensor]:
+    return Attention(), example()

@@ -18,6 +18,7 @@ from tests import models
 from tests.splitting import same_bits
 
 TINY = "tests.models:chain"
+ROOT = Path(__file__).parent.parent
 
 
 def states(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -308,3 +309,14 @@ def test_timms_old_names_and_tags_still_name_models() -> None:
     assert _build_timm("xception", is_pretrained=False).preprocessing == Preprocessing(
         299, 299, 333, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     )
+
+
+def test_a_process_gives_the_same_seeded_weights_at_its_first_load_as_later():
+    # A process of its own: loading switches kernels that give other bits off, and must do so before it conditions.
+    program = (
+        "import torch; from torch import nn; from runtime.model.zoo import load_model\n"
+        "a, b = (load_model('tests.models:attention', weights='seeded').module.state_dict() for _ in range(2))\n"
+        "assert all(torch.equal(a[name], b[name]) for name in a)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

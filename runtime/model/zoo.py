@@ -78,6 +78,7 @@ def load_model(
     if batch_size < 1:
         raise ModelError(f"expected a batch size of 1 or more, got {batch_size}")
     is_seeded = weights == "seeded" or (weights is None and source in LIBRARIES)
+    _make_exact()  # before conditioning, which would else take other kernels in a process's first load than later
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = _build(source, name, is_pretrained=weights == "pretrained")
@@ -87,7 +88,6 @@ def load_model(
     if weights not in (None, "pretrained", "seeded"):
         load_weights(module, Path(weights))
     target = _find_device(device)
-    _make_exact()
     return Model(
         spec=spec,
         module=module.to(target),

@@ -16,6 +16,7 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from numcodecs import blosc
@@ -51,6 +52,12 @@ _DTYPES: dict[str, torch.dtype] = {
         torch.complex128,
     )
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NUMPY_DTYPES = frozenset(
+    (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+)
+"""Those whose memory numpy can show as bytes directly; the others go through a view, which costs more."""
+
 _HALF_MAX = torch.finfo(torch.float16).max
 _INT8_STEPS = 255
 _MIN_LOSSLESS_BYTES = 128  # blosc stores anything smaller as it is, plus its header
@@ -79,28 +86,21 @@ def encode(name: str, tensor: torch.Tensor, codec: str) -> tuple[TensorHeader, B
         ConfigError: if the codec is unknown.
         ProtocolError: if the wire has no name for the tensor's dtype or layout.
     """
-    if codec not in _ENCODERS:
+    encoder = _ENCODERS.get(codec)
+    if encoder is None:
         raise ConfigError(f"expected a codec among {tuple(_ENCODERS)}, got {codec!r}; AutoCodec decides for 'auto'")
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in _DTYPES or tensor.layout is not torch.strided:
+    dtype = _DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None or tensor.layout is not torch.strided:
         raise ProtocolError(
-            f"expected a strided tensor of one of {', '.join(_DTYPES)}, got {name!r} of {dtype}, {tensor.layout}; "
-            "convert it before it is sent"
+            f"expected a strided tensor of one of {', '.join(_DTYPES)}, got {name!r} of {tensor.dtype}, "
+            f"{tensor.layout}; convert it before it is sent"
         )
-    host = _to_host(tensor.detach())
-    order = dim_order(host)
-    coded = _ENCODERS[codec](host.permute(order).contiguous().reshape(-1))
-    header = TensorHeader(
-        name=name,
-        shape=tuple(tensor.shape),
-        dtype=dtype,
-        dim_order=order,
-        codec=coded.codec,
-        frame_bytes=memoryview(coded.frame).nbytes,
-        scale=coded.scale,
-        zero=coded.zero,
-    )
-    return header, coded.frame
+    host = _to_host(tensor)
+    shape = tuple(host.shape)
+    order, is_plain = _order(shape, host.stride())
+    flat = host.view(-1) if is_plain else host.permute(order).contiguous().view(-1)
+    used, frame, scale, zero = encoder(flat)
+    return TensorHeader(name, shape, dtype, order, used, len(frame), scale, zero), frame
 
 
 def decode(header: TensorHeader, frame: Buffer, limits: Limits) -> torch.Tensor:
@@ -111,16 +111,12 @@ def decode(header: TensorHeader, frame: Buffer, limits: Limits) -> torch.Tensor:
     Raises:
         ProtocolError: if a field is out of its range, a cap is broken, or the frame is not what the header says.
     """
-    view = memoryview(frame).cast("B")
-    dtype = _check_header(header, view, limits)
-    size = math.prod(header.shape)
-    try:
-        flat = _DECODERS[header.codec](header, view, dtype, size)
-    except (RuntimeError, ValueError) as error:
-        raise _bad(header, f"a frame that {header.codec} can read", str(error)) from error
-    in_memory = [header.shape[dim] for dim in header.dim_order]
-    inverse = sorted(range(len(in_memory)), key=header.dim_order.__getitem__)
-    return flat.view(in_memory).permute(inverse)
+    layout = _check_layout(header, limits)
+    view = memoryview(frame)
+    if header.frame_bytes != len(view):
+        raise _bad(header, f"a frame of {header.frame_bytes} bytes, as announced", str(len(view)))
+    flat = layout.decode(header, view, layout)
+    return flat.as_strided(header.shape, layout.strides)
 
 
 def dim_order(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -129,15 +125,34 @@ def dim_order(tensor: torch.Tensor) -> tuple[int, ...]:
     A dense tensor that is permuted so is contiguous. Of dimensions with equal strides the longer one is outside: then
     even the strides of dimensions of size 1 come back as they were, wherever some order of the dimensions explains them.
     """
-    strides, sizes = tensor.stride(), tensor.shape
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], -sizes[dim])))
+    return _order(tuple(tensor.shape), tensor.stride())[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+    """Give the order of the dimensions, and whether the tensor is plain: dense and in their own order."""
+    order = tuple(sorted(range(len(shape)), key=lambda dim: (-strides[dim], -shape[dim])))
+    return order, strides == _strides(shape, tuple(range(len(shape))))
+
+
+def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense tensor with its dimensions in this order; as in torch, a size of 0 counts as 1."""
+    strides = [0] * len(shape)
+    step = 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.resolve_conj().resolve_neg()
-    if tensor.device.type == "cpu":
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.is_cpu:
         return tensor
-    if tensor.device.type != "cuda":
+    if not tensor.is_cuda:
         return tensor.cpu()
     host = torch.empty_like(tensor, device="cpu", pin_memory=True)  # pinned: the copy runs at full speed
     return host.copy_(tensor)
@@ -146,42 +161,39 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 # --- one encoder and one decoder per codec --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Coded:
-    codec: str  # the one really used
-    frame: Buffer
-    scale: float = 1.0
-    zero: float = 0.0
+_Coded: TypeAlias = tuple[str, Buffer, float, float]  # codec really used, frame, scale, zero
 
 
 def _view_bytes(flat: torch.Tensor) -> memoryview:
+    if flat.dtype in _NUMPY_DTYPES:
+        return flat.numpy().data.cast("B")
     return flat.view(torch.uint8).numpy().data
 
 
 def _encode_raw(flat: torch.Tensor) -> _Coded:
-    return _Coded("raw", _view_bytes(flat))
+    return "raw", _view_bytes(flat), 1.0, 0.0
 
 
 def _encode_lossless(flat: torch.Tensor) -> _Coded:
     view = _view_bytes(flat)
-    if view.nbytes >= _MIN_LOSSLESS_BYTES:
+    if len(view) >= _MIN_LOSSLESS_BYTES:
         packed: bytes = blosc.compress(view, b"zstd", 1, blosc.SHUFFLE, 0, flat.element_size())
-        if len(packed) < view.nbytes:
-            return _Coded("lossless", packed)
-    return _Coded("raw", view)
+        if len(packed) < len(view):
+            return "lossless", packed, 1.0, 0.0
+    return "raw", view, 1.0, 0.0
 
 
 def _encode_fp16(flat: torch.Tensor) -> _Coded:
     if not flat.is_floating_point() or flat.element_size() <= 2:
         return _encode_lossless(flat)
     # Clamped: an activation of 70 000 should lose precision, not become infinite.
-    return _Coded("fp16", _view_bytes(flat.clamp(-_HALF_MAX, _HALF_MAX).half()))
+    return "fp16", _view_bytes(flat.clamp(-_HALF_MAX, _HALF_MAX).half()), 1.0, 0.0
 
 
 def _encode_int8(flat: torch.Tensor) -> _Coded:
     if not flat.is_floating_point() or flat.element_size() < 2 or flat.numel() == 0:
         return _encode_lossless(flat)
-    wide = flat.double() if flat.dtype is torch.float64 else flat.float()
+    wide = flat if flat.dtype is torch.float64 else flat.float()
     low, high = (float(bound) for bound in torch.aminmax(wide))
     scale = (high - low) / _INT8_STEPS
     if not math.isfinite(scale):  # a NaN, an infinity, or a range wider than a double
@@ -190,41 +202,57 @@ def _encode_int8(flat: torch.Tensor) -> _Coded:
         codes = torch.zeros(flat.shape, dtype=torch.uint8)
     else:
         codes = ((wide - low) / scale).round_().clamp_(0, _INT8_STEPS).to(torch.uint8)
-    return _Coded("int8", _view_bytes(codes), scale=scale, zero=low)
+    return "int8", _view_bytes(codes), scale, low
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What follows from the fields of a header that do not change from request to request."""
+
+    decode: "_Decoder"
+    dtype: torch.dtype
+    size: int
+    frame_bytes: int  # of every codec but lossless
+    strides: tuple[int, ...]
+
+
+_Decoder: TypeAlias = Callable[[TensorHeader, memoryview, _Layout], torch.Tensor]
 
 
 def _from_buffer(view: memoryview, dtype: torch.dtype) -> torch.Tensor:
-    if view.nbytes == 0:
+    if not len(view):
         return torch.empty(0, dtype=dtype)
-    writable = bytearray(view) if view.readonly else view
-    return torch.frombuffer(writable, dtype=torch.uint8).view(dtype)
+    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=dtype)
 
 
-def _decode_raw(header: TensorHeader, view: memoryview, dtype: torch.dtype, size: int) -> torch.Tensor:
-    return _check_bool(header, _from_buffer(view, dtype))
+def _decode_raw(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
+    _check_length(header, view, layout)
+    flat = _from_buffer(view, layout.dtype)
+    return _check_bool(header, flat) if layout.dtype is torch.bool else flat
 
 
-def _decode_lossless(header: TensorHeader, view: memoryview, dtype: torch.dtype, size: int) -> torch.Tensor:
-    flat = torch.empty(size, dtype=dtype)
-    blosc.decompress(view, flat.view(torch.uint8).numpy())
-    return _check_bool(header, flat)
+def _decode_lossless(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
+    _check_blosc(header, view, layout.size * layout.dtype.itemsize)
+    flat = torch.empty(layout.size, dtype=layout.dtype)
+    try:
+        blosc.decompress(view, flat.view(torch.uint8).numpy())
+    except (RuntimeError, ValueError) as error:
+        raise _bad(header, "a frame that can be unpacked", str(error)) from error
+    return _check_bool(header, flat) if layout.dtype is torch.bool else flat
 
 
-def _decode_fp16(header: TensorHeader, view: memoryview, dtype: torch.dtype, size: int) -> torch.Tensor:
-    return _from_buffer(view, torch.float16).to(dtype)
+def _decode_fp16(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
+    _check_length(header, view, layout)
+    return _from_buffer(view, torch.float16).to(layout.dtype)
 
 
-def _decode_int8(header: TensorHeader, view: memoryview, dtype: torch.dtype, size: int) -> torch.Tensor:
+def _decode_int8(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
+    if not (math.isfinite(header.scale) and math.isfinite(header.zero)):
+        raise _bad(header, "a finite scale and zero", f"{header.scale}, {header.zero}")
+    _check_length(header, view, layout)
     codes = _from_buffer(view, torch.uint8)
-    wide = codes.to(torch.float64 if dtype is torch.float64 else torch.float32)
-    return wide.mul_(header.scale).add_(header.zero).to(dtype)
-
-
-def _check_bool(header: TensorHeader, flat: torch.Tensor) -> torch.Tensor:
-    """Refuse a bool that is neither 0 nor 1: torch counts such a byte once here and twice there, then writes too far."""
-    if flat.dtype is torch.bool and flat.numel() and int(flat.view(torch.uint8).max()) > 1:
-        raise _bad(header, "bytes 0 and 1 in a bool tensor", "another byte")
-    return flat
+    wide = codes.to(torch.float64 if layout.dtype is torch.float64 else torch.float32)
+    return wide.mul_(header.scale).add_(header.zero).to(layout.dtype)
 
 
 _ENCODERS: dict[str, Callable[[torch.Tensor], _Coded]] = {
@@ -233,11 +261,11 @@ _ENCODERS: dict[str, Callable[[torch.Tensor], _Coded]] = {
     "fp16": _encode_fp16,
     "int8": _encode_int8,
 }
-_DECODERS: dict[str, Callable[[TensorHeader, memoryview, torch.dtype, int], torch.Tensor]] = {
-    "raw": _decode_raw,
-    "lossless": _decode_lossless,
-    "fp16": _decode_fp16,
-    "int8": _decode_int8,
+_DECODERS: dict[str, tuple[_Decoder, int]] = {  # and bytes per element, 0: the dtype's own
+    "raw": (_decode_raw, 0),
+    "lossless": (_decode_lossless, 0),
+    "fp16": (_decode_fp16, 2),
+    "int8": (_decode_int8, 1),
 }
 
 
@@ -251,54 +279,68 @@ def _bad(header: TensorHeader, expected: str, got: str) -> ProtocolError:
     )
 
 
-def _check_header(header: TensorHeader, view: memoryview, limits: Limits) -> torch.dtype:
-    dtype = _DTYPES.get(header.dtype)
+def _check_layout(header: TensorHeader, limits: Limits) -> _Layout:
+    """Check the shape, dtype, order and codec of a header. The same ones come with every request: kept when good."""
+    try:
+        return _make_layout(
+            header.shape, header.dtype, header.dim_order, header.codec, limits.dims, limits.message_bytes
+        )
+    except _BadLayout as bad:
+        raise _bad(header, *bad.args) from None
+
+
+class _BadLayout(Exception):  # noqa: N818 - never leaves this module
+    """What was expected, and what came."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _make_layout(
+    shape: tuple[int, ...], dtype_name: str, order: tuple[int, ...], codec: str, max_dims: int, max_bytes: int
+) -> _Layout:
+    dtype = _DTYPES.get(dtype_name)
     if dtype is None:
-        raise _bad(header, "a dtype known here", repr(header.dtype[:80]))
-    if header.codec not in _DECODERS:
-        raise _bad(header, f"a codec among {tuple(_DECODERS)}", repr(header.codec[:80]))
-    num_dims = len(header.shape)
-    if num_dims > limits.dims:
-        raise _bad(header, f"at most {limits.dims} dimensions", str(num_dims))
-    if any(size < 0 for size in header.shape):
-        raise _bad(header, "sizes of 0 or more", str(header.shape))
-    if sorted(header.dim_order) != list(range(num_dims)):
-        raise _bad(header, f"an order of {num_dims} dimensions", str(header.dim_order[:32]))
+        raise _BadLayout("a dtype known here", repr(dtype_name[:80]))
+    if codec not in _DECODERS:
+        raise _BadLayout(f"a codec among {tuple(_DECODERS)}", repr(codec[:80]))
+    if len(shape) > max_dims:
+        raise _BadLayout(f"at most {max_dims} dimensions", str(len(shape)))
+    if any(size < 0 for size in shape):
+        raise _BadLayout("sizes of 0 or more", str(shape))
+    if sorted(order) != list(range(len(shape))):
+        raise _BadLayout(f"an order of {len(shape)} dimensions", str(order[:32]))
     # A size of 0 counts as 1: torch multiplies strides the same way and must not overflow.
-    if math.prod(max(size, 1) for size in header.shape) * dtype.itemsize > limits.message_bytes:
-        raise _bad(header, f"at most {limits.message_bytes} bytes", f"shape {header.shape} of {header.dtype}")
-    if header.frame_bytes != view.nbytes:
-        raise _bad(header, f"a frame of {header.frame_bytes} bytes, as announced", str(view.nbytes))
-    _check_frame(header, view, dtype)
-    return dtype
+    if math.prod(max(size, 1) for size in shape) * dtype.itemsize > max_bytes:
+        raise _BadLayout(f"at most {max_bytes} bytes", f"shape {shape} of {dtype_name}")
+    decoder, itemsize = _DECODERS[codec]
+    if itemsize and not dtype.is_floating_point:
+        raise _BadLayout(f"a floating dtype with codec {codec}", dtype_name)
+    size = math.prod(shape)
+    return _Layout(decoder, dtype, size, size * (itemsize or dtype.itemsize), _strides(shape, order))
 
 
-def _check_frame(header: TensorHeader, view: memoryview, dtype: torch.dtype) -> None:
-    """Check that the frame's length, or blosc's own header, agrees with the shape."""
-    size = math.prod(header.shape)
-    if header.codec == "lossless":
-        _check_blosc(header, view, size * dtype.itemsize)
-        return
-    if header.codec != "raw" and not dtype.is_floating_point:
-        raise _bad(header, f"a floating dtype with codec {header.codec}", header.dtype)
-    if not (math.isfinite(header.scale) and math.isfinite(header.zero)):
-        raise _bad(header, "a finite scale and zero", f"{header.scale}, {header.zero}")
-    itemsize = {"raw": dtype.itemsize, "fp16": 2, "int8": 1}[header.codec]
-    if view.nbytes != size * itemsize:
-        raise _bad(header, f"{size * itemsize} bytes for shape {header.shape}", str(view.nbytes))
+def _check_length(header: TensorHeader, view: memoryview, layout: _Layout) -> None:
+    if len(view) != layout.frame_bytes:
+        raise _bad(header, f"{layout.frame_bytes} bytes for shape {header.shape}", str(len(view)))
 
 
 def _check_blosc(header: TensorHeader, view: memoryview, nbytes: int) -> None:
     """Check what blosc is about to believe: it reads as far and writes as much as the frame's own header says."""
-    if view.nbytes < _BLOSC_HEADER.size:
-        raise _bad(header, f"at least {_BLOSC_HEADER.size} bytes", str(view.nbytes))
+    if len(view) < _BLOSC_HEADER.size:
+        raise _bad(header, f"at least {_BLOSC_HEADER.size} bytes", str(len(view)))
     _, _, flags, _, claimed_bytes, _, packed_bytes = _BLOSC_HEADER.unpack_from(view)
     if claimed_bytes != nbytes:
         raise _bad(header, f"a frame that unpacks to {nbytes} bytes", f"one that claims {claimed_bytes}")
-    if packed_bytes != view.nbytes:
-        raise _bad(header, f"a packed length of {view.nbytes}", str(packed_bytes))
+    if packed_bytes != len(view):
+        raise _bad(header, f"a packed length of {len(view)}", str(packed_bytes))
     if flags >> 5 != _BLOSC_ZSTD:
         raise _bad(header, "zstd inside the frame", f"format {flags >> 5}")
+
+
+def _check_bool(header: TensorHeader, flat: torch.Tensor) -> torch.Tensor:
+    """Refuse a bool that is neither 0 nor 1: torch counts such a byte once here and twice there, then writes too far."""
+    if flat.numel() and int(flat.view(torch.uint8).max()) > 1:
+        raise _bad(header, "bytes 0 and 1 in a bool tensor", "another byte")
+    return flat
 
 
 # --- codec auto -----------------------------------------------------------------------------------------------------
