@@ -33,7 +33,6 @@ _log = logging.getLogger(__name__)
 
 _MAX_WAIT_S = 60.0
 _GOODBYE_MS = 100
-_PROMPT_S = 0.001
 _TURNS = (Joined, Connected, Lost)
 
 
@@ -62,7 +61,6 @@ class _Line(Call):
         keys: Keys | None,
         server_key: bytes | None,
         emit: Callable[[Event], None],
-        owing: list[Session],
         clock: Callable[[], float],
     ) -> None:
         super().__init__(
@@ -78,7 +76,6 @@ class _Line(Call):
         self._sockets = sockets
         self._keys = keys
         self._server_key = server_key
-        self._owing = owing
         self._clock = clock
         self._token = make_token()
         self._generation = 0
@@ -137,7 +134,6 @@ class _Line(Call):
                 self.hear(parts, nbytes, self._clock())
             else:
                 self.hear_data(parts, nbytes, self._clock(), is_spoilt=is_spoilt)
-                self._owing.append(self)
 
         def read_fate() -> None:
             while dealer.is_open and (fate := dealer.receive_fate()) is not None:
@@ -185,9 +181,6 @@ class Hub:
         self._gate: Gate | None = None
         self._routers: tuple[Router, ...] = ()
         self._tick_s = 0.0
-        self._owing: list[Session] = []  # whose data has come and is not acknowledged yet
-        self._returned_s = self._clock()
-        self._is_prompt = self._is_away = False
         self._is_calling = self._is_woken = self._is_closed = False
         self._sockets = Sockets(self._limits)
         self._wake_out, self._wake_in = std_socket.socketpair()
@@ -282,7 +275,6 @@ class Hub:
             keys=self._keys,
             server_key=server_key,
             emit=self._tell,
-            owing=self._owing,
             clock=self._clock,
         )
         self._lines.append(line)
@@ -302,7 +294,6 @@ class Hub:
         if self._is_closed:
             return
         self._is_closed = True
-        self._settle()
         for line in self._lines:
             line.close()
         for guest in self._door or ():
@@ -325,7 +316,6 @@ class Hub:
         """
         if self._is_closed:
             raise TransportError(f"hub {self.name!r} is closed; open a new one")
-        self._return()
         deadline_s = self._clock() + timeout_s
         while True:
             wait_s = 0.0 if self._events else min(deadline_s, self._tick_s) - self._clock()
@@ -336,10 +326,8 @@ class Hub:
                 self._tick(now_s)
             if self._events or self._is_woken or now_s >= deadline_s:
                 break
-            self._settle()
         self._is_woken = False
         events, self._events = self._events, []
-        self._leave()
         return events
 
     def wake(self) -> None:
@@ -371,7 +359,6 @@ class Hub:
             session.push(body, frames, nbytes, tag, self._clock())
         else:
             _log.debug("%r: a %s was dropped", peer, type(body).__name__)
-        self._return()
 
     def withdraw(self, peer: Peer, tag: Hashable) -> None:
         """Forget the data messages with a tag. One in flight to a node is cut off, one to a client goes unheeded."""
@@ -388,31 +375,6 @@ class Hub:
         return _session(peer).traffic
 
     # --- inside
-
-    def _leave(self) -> None:
-        """Give the word to the owner, acknowledging what has come now or, if the owner is prompt, when it is back.
-
-        An acknowledgement wakes up three threads here and there. Sent beside the owner's answer, or before the next wait,
-        it does so while nobody waits; and it says how long it was held, so that no measurement suffers.
-        """
-        if not self._is_prompt:
-            self._settle()
-        self._is_away = True
-        self._returned_s = self._clock()
-
-    def _return(self) -> None:
-        """Have the word back from the owner."""
-        if self._is_away:
-            self._is_away = False
-            self._is_prompt = self._clock() - self._returned_s < _PROMPT_S
-        self._settle()
-
-    def _settle(self) -> None:
-        if self._owing:
-            now_s = self._clock()
-            for session in self._owing:
-                session.settle(now_s)
-            self._owing.clear()
 
     def _tell(self, event: Event) -> None:
         self._events.append(event)
@@ -441,9 +403,7 @@ class Hub:
 
         def read_data() -> None:
             (sender, *parts), nbytes, is_spoilt = data.receive()
-            guest = door.hear_data(bytes(sender), parts, nbytes, self._clock(), is_spoilt=is_spoilt)
-            if guest is not None:
-                self._owing.append(guest)
+            door.hear_data(bytes(sender), parts, nbytes, self._clock(), is_spoilt=is_spoilt)
 
         self._sockets.watch(control.socket, read_control)
         self._sockets.watch(data.socket, read_data)

@@ -300,7 +300,7 @@ class Door:
 
     def hear_data(
         self, sender: bytes, parts: Sequence[memoryview], nbytes: int, now_s: float, *, is_spoilt: bool = False
-    ) -> Guest | None:
+    ) -> None:
         """Take what came on the data port; from strangers nothing is read.
 
         Args:
@@ -309,16 +309,13 @@ class Door:
             nbytes: bytes of all of them.
             now_s: this instant.
             is_spoilt: whether the message broke a cap, so that its frames were not kept.
-
-        Returns:
-            The client it came from, who may be owed an acknowledgement; None for a stranger.
         """
         guest = self._by_address.get(sender)
         if guest is None or not guest.is_up:
             guest = self._meet(sender, now_s)
         if guest is None:
             self.num_strange += 1
-            return None
+            return
         guest.count_received(nbytes)
         try:
             if is_spoilt:
@@ -326,7 +323,6 @@ class Door:
             guest.take_data(parts, nbytes, now_s)
         except ProtocolError as error:
             self._strike(guest.control_id.token, error, now_s)
-        return guest
 
     def _meet(self, sender: bytes, now_s: float) -> Guest | None:
         """Find the client that a data connection not heard before belongs to, if it is the newest one of a client."""

@@ -118,7 +118,6 @@ class Ack(msgspec.Struct, frozen=True, tag=True):
     """A data message has arrived whole."""
 
     sequence: int
-    held_s: float = 0.0  # between its arrival and this answer: not the link's doing
 
 
 class LinkReport(msgspec.Struct, frozen=True):

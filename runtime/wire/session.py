@@ -110,7 +110,6 @@ class Session(Peer, ABC):
         self._num_pings = 0
         self._pings_s: OrderedDict[int, float] = OrderedDict()
         self._last_received = 0
-        self._owed: list[tuple[int, float]] = []  # sequence and instant of arrival of what is not acknowledged yet
 
     @abstractmethod
     def say(self, message: ControlMessage) -> bool:
@@ -157,7 +156,7 @@ class Session(Peer, ABC):
                 self.emit(Received(self, message))
 
     def take_data(self, parts: Sequence[memoryview], nbytes: int, now_s: float) -> None:
-        """Handle a data message: hand it to the owner unless it came before. `settle` acknowledges it.
+        """Handle a data message: acknowledge it, and hand it to the owner unless it came before.
 
         Raises:
             ProtocolError: if it is malformed, or not a message that this peer may send.
@@ -169,12 +168,12 @@ class Session(Peer, ABC):
         if envelope.sequence <= INTRODUCTION:
             return
         # Whatever is wrong with the rest, it has arrived: without a word the sender's queue would stand still.
-        self._owed.append((envelope.sequence, now_s))
+        self.say(Ack(envelope.sequence))
         if envelope.sequence <= self._last_received:
             return  # sent again on a new data socket, while our acknowledgement was on its way
         self._last_received = envelope.sequence
         body, frames = envelope.body, tuple(parts[1:])
-        if isinstance(body, Probe):
+        if isinstance(body, Probe) or not self.is_up:  # not up: the acknowledgement found the peer gone
             return
         if not isinstance(body, self.incoming) or len(frames) != len(body.tensors):
             raise ProtocolError(
@@ -182,12 +181,6 @@ class Session(Peer, ABC):
                 f"{type(body).__name__} with {len(frames)} frames"
             )
         self.emit(ReceivedData(self, body, frames, nbytes))
-
-    def settle(self, now_s: float) -> None:
-        """Acknowledge the data messages that have come since the last time."""
-        owed, self._owed = self._owed, []
-        for sequence, arrived_s in owed:
-            self.say(Ack(sequence, now_s - arrived_s))
 
     def count_received(self, nbytes: int) -> None:
         """Count bytes that came."""
@@ -204,8 +197,7 @@ class Session(Peer, ABC):
         item = self.uplink.ack(ack.sequence)
         if item is None:
             return
-        held_s = ack.held_s if 0 < ack.held_s < now_s - item.started_s else 0.0
-        transfer_s = self.meter.add_transfer(item.nbytes, item.started_s, now_s - held_s)
+        transfer_s = self.meter.add_transfer(item.nbytes, item.started_s, now_s)
         if not item.is_withdrawn and not isinstance(item.payload.body, Probe):
             self.emit(Delivered(self, item.tag, item.nbytes, transfer_s, item.waited_s))
         self.pump(now_s)
@@ -269,7 +261,6 @@ class Session(Peer, ABC):
         self.uplink.clear()
         self.meter.forget_rtt()
         self._pings_s.clear()
-        self._owed.clear()
         self._last_received = 0
 
 

@@ -29,6 +29,9 @@ from runtime.wire.keys import Keys, load_authorised
 _log = logging.getLogger(__name__)
 
 _DATA_HWM = 8  # messages; an honest peer has one in flight, and an introduction or a repeat beside it
+_COPIED_BYTES = 2**20
+"""Smaller frames are copied: up to here that takes less than pyzmq's bookkeeping for memory it must not free (measured)."""
+
 _RECONNECT_MS = (100, 1000)  # first and longest time between two attempts
 _PAIR_ATTEMPTS = 64
 
@@ -166,11 +169,12 @@ class _Port:
         self.sockets = sockets
         self.socket = sockets.open(kind, is_control=is_control)
         self.is_open = True
+        self._max_frames = sockets.limits.frames + 2  # routing id and header
+        self._max_bytes = sockets.limits.message_bytes + sockets.limits.control_bytes
 
     def receive(self) -> Parts:
         """Receive a message, its frames where they lie; to be called when it is known to be there."""
-        limits = self.sockets.limits
-        max_frames, max_bytes = limits.frames + 2, limits.message_bytes + limits.control_bytes
+        max_frames, max_bytes = self._max_frames, self._max_bytes
         frames: list[memoryview] = []
         nbytes, is_spoilt, has_more = 0, False, True
         while has_more:
@@ -187,8 +191,8 @@ class _Port:
         last = len(parts) - 1
         try:
             for index, part in enumerate(parts):
-                is_small = len(part) < zmq.COPY_THRESHOLD
-                self.socket.send(part, _NOBLOCK if index == last else _NOBLOCK_MORE, copy=is_small)
+                is_copied = len(part) < _COPIED_BYTES
+                self.socket.send(part, _NOBLOCK if index == last else _NOBLOCK_MORE, copy=is_copied)
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as error:

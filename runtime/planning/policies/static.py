@@ -66,7 +66,7 @@ def build_split(problem: PlanningProblem, i: int, j: int, edge: str | None) -> F
     num_layers = problem.graph.num_layers
     if not 0 <= i <= j <= num_layers:
         raise PlanError(
-            f"expected split points 0 <= i <= j <= {num_layers}, got {i},{j}; count layers with `offcut plan`"
+            f"expected split points 0 <= i <= j <= {num_layers}, got {i},{j}; the model has {num_layers} layers, the input stage included"
         )
     edges = problem.deployment.edges
     if edge is None and j > i and edges:
