@@ -42,15 +42,16 @@ def start_worker(folder: Path, *arguments: str, name: str = "cloud") -> ManagedP
     return ManagedProcess(name, "runtime.node", command, folder)
 
 
-@pytest.fixture
-def secured(tmp_path: Path) -> Iterator[tuple[ManagedProcess, Path, str]]:
-    """A cloud that asks for keys, the folder of keys, and its address."""
-    keys = tmp_path / "keys"
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """The keys and the address of a cloud that asks for keys."""
+    folder = tmp_path_factory.mktemp("secured")
+    keys = folder / "keys"
     made = offcut("keys", str(keys), "device", "cloud")
     assert made.returncode == 0, made.stderr
-    worker = start_worker(tmp_path, "--keys", str(keys))
+    worker = start_worker(folder, "--keys", str(keys))
     try:
-        yield worker, keys, worker.wait_line("READY", 100.0)
+        yield keys, worker.wait_line("READY", 100.0)
     finally:
         worker.ask_to_stop()
         worker.wait()
@@ -77,10 +78,8 @@ def test_help_is_complete_and_a_usage_mistake_is_2() -> None:
     assert offcut("no-such-command").returncode == 2
 
 
-def test_infer_and_status_work_over_curve(
-    secured: tuple[ManagedProcess, Path, str], photo: Path, tmp_path: Path
-) -> None:
-    _, keys, address = secured
+def test_infer_and_status_work_over_curve(secured: tuple[Path, str], photo: Path, tmp_path: Path) -> None:
+    keys, address = secured
     deployment = write_deployment(tmp_path, address, keys, keys / "device.key_secret")
     done = offcut("infer", str(deployment), str(photo), "--verify", "--repeat", "2", "--deadline-s", "60")
     assert done.returncode == 0, done.stderr
@@ -94,9 +93,9 @@ def test_infer_and_status_work_over_curve(
 
 
 def test_a_lossy_codec_needs_the_constraint_and_shows_its_error(
-    secured: tuple[ManagedProcess, Path, str], photo: Path, tmp_path: Path
+    secured: tuple[Path, str], photo: Path, tmp_path: Path
 ) -> None:
-    _, keys, address = secured
+    keys, address = secured
     deployment = write_deployment(tmp_path, address, keys, keys / "device.key_secret")
     arguments = ("infer", str(deployment), str(photo), "--policy", "fixed:3,3", "--codec", "int8", "--verify")
     refused = offcut(*arguments)
@@ -109,9 +108,9 @@ def test_a_lossy_codec_needs_the_constraint_and_shows_its_error(
 
 
 def test_a_device_that_the_node_does_not_know_is_refused_by_name(
-    secured: tuple[ManagedProcess, Path, str], photo: Path, tmp_path: Path
+    secured: tuple[Path, str], photo: Path, tmp_path: Path
 ) -> None:
-    _, keys, address = secured
+    keys, address = secured
     assert offcut("keys", str(tmp_path / "other"), "stranger").returncode == 0
     deployment = write_deployment(tmp_path, address, keys, tmp_path / "other" / "stranger.key_secret")
     done = offcut("infer", str(deployment), str(photo))

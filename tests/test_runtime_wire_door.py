@@ -128,6 +128,16 @@ def test_even_a_hello_that_cannot_be_read_is_refused_by_its_version():
     assert "got 99" in client.heard[0].text
 
 
+@pytest.mark.parametrize("name", ["", "x" * 101])
+def test_a_client_needs_a_name_that_fits_into_a_table(name):
+    door = OpenDoor()
+    client = Client(door)
+    client.tell(Hello(PROTOCOL_VERSION, name, "", ()))
+    assert [message.text for message in client.heard] == [
+        f"expected a client name of 1 to 100 characters, got {len(name)}"
+    ]
+
+
 def test_a_client_that_starts_over_is_a_new_one():
     door = OpenDoor()
     first = Client(door).join()

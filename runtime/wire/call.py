@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 REFUSED_VERSION = "version"
 REFUSED_UNKNOWN = "unknown"
 REFUSED_FULL = "full"
+REFUSED_NAME = "name"
 
 _FIRST_HELLO_AFTER_S = 0.1
 _LAST_HELLO_AFTER_S = 1.0
@@ -152,12 +153,12 @@ class Call(Session):
         else:
             self._is_data_connected = False
         if self._welcome is not None:  # both connections serve one conversation: it starts over
-            self._hang_up("the connection was closed: the node stopped, or the way to it was cut", now_s)
+            self.end("the connection was closed: the node stopped, or the way to it was cut", now_s)
 
     def _turned_away(self, text: str, now_s: float) -> None:
         """Say why, and come back later with new sockets: ZeroMQ does not try again on a connection refused so."""
         if self.is_up:
-            self._hang_up(text, now_s)
+            self.end(text, now_s)
         self.reject(text, now_s)
         self._welcome = None
         self._is_turned_away = True
@@ -215,7 +216,7 @@ class Call(Session):
         self.count_malformed(error)
         self._num_strikes += 1
         if self._num_strikes >= self.limits.malformed:
-            self._hang_up(f"it sent {self._num_strikes} malformed messages, the last one: {error}", now_s)
+            self.end(f"it sent {self._num_strikes} malformed messages, the last one: {error}", now_s)
 
     def take(self, message: ControlMessage, now_s: float) -> None:
         """Handle a control message from the node."""
@@ -224,11 +225,11 @@ class Call(Session):
                 self._take_welcome(message, now_s)
             case Refused(reason=reason) if reason == REFUSED_UNKNOWN:
                 if self._welcome is not None:
-                    self._hang_up("the node does not know us any more: it was restarted, or gave us up", now_s)
+                    self.end("the node does not know us any more: it was restarted, or gave us up", now_s)
             case Refused(text=text) if self._welcome is None:
                 self.reject(text, now_s)
             case Goodbye():
-                self._hang_up("the node said goodbye", now_s)
+                self.end("the node said goodbye", now_s)
             case _ if self._welcome is not None:
                 super().take(message, now_s)
 
@@ -276,7 +277,7 @@ class Call(Session):
         if self._welcome is None:
             self._tick_calling(now_s)
         elif now_s - self._heard_s >= self.limits.lost_after_s:
-            self._hang_up(f"no word for {now_s - self._heard_s:.1f} s", now_s)
+            self.end(f"no word for {now_s - self._heard_s:.1f} s", now_s)
         elif not self._is_data_connected and now_s >= self._data_due_s:
             self._miss_data_port(now_s)
         else:
@@ -306,9 +307,10 @@ class Call(Session):
                 "its control port answers but its data port, the next one, does not; let both through the firewall",
                 now_s,
             )
-        self._hang_up("its data port does not answer", now_s)
+        self.end("its data port does not answer", now_s)
 
-    def _hang_up(self, reason: str, now_s: float) -> None:
+    def end(self, reason: str, now_s: float) -> None:
+        """Give the node up, and call it anew."""
         _log.debug("%r: %s", self, reason)
         was_up = self.is_up
         self._start_over(now_s)

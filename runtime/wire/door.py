@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from runtime.errors import ProtocolError
-from runtime.wire.call import REFUSED_FULL, REFUSED_UNKNOWN, REFUSED_VERSION, version_text
+from runtime.wire.call import REFUSED_FULL, REFUSED_NAME, REFUSED_UNKNOWN, REFUSED_VERSION, version_text
 from runtime.wire.endpoint import RoutingId
 from runtime.wire.events import Buffer, Event, Joined, Left, Limits, Sent
 from runtime.wire.messages import (
@@ -40,6 +40,7 @@ _FROM_CLIENT: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
 )
 
 
+_MAX_NAME = 100
 _FORGIVEN_AFTER_S = 60.0  # without a strike; guess: a peer that is broken breaks more often
 
 
@@ -102,8 +103,8 @@ class Guest(Session):
         self.emit(Joined(self, self._hello))
         self.say(self._welcome)
 
-    def leave(self, reason: str) -> None:
-        """End the conversation for good."""
+    def end(self, reason: str, now_s: float = 0.0) -> None:
+        """Give the client up, for good."""
         if self.is_up:
             self._forget()
             self.emit(Left(self, reason))
@@ -120,7 +121,7 @@ class Guest(Session):
         if sent is Sent.AWAY:
             self.count_sent(len(data))
         elif sent is Sent.GONE:
-            self.leave("the connection was closed")
+            self.end("the connection was closed")
         return sent is Sent.AWAY
 
     def transmit(self, parts: Sequence[Buffer]) -> bool:
@@ -136,7 +137,7 @@ class Guest(Session):
             case Hello():
                 self.say(self._welcome)  # repeated before our answer arrived
             case Goodbye():
-                self.leave("it said goodbye")
+                self.end("it said goodbye")
             case _:
                 super().take(message, now_s)
 
@@ -159,7 +160,7 @@ class Guest(Session):
     def tick(self, now_s: float) -> None:
         """Do what is due: ping, probe, or giving up a silent client."""
         if now_s - self._heard_s >= self.limits.left_after_s:
-            self.leave(f"no word for {now_s - self._heard_s:.1f} s")
+            self.end(f"no word for {now_s - self._heard_s:.1f} s")
             return
         self._ping_if_due(now_s)
         self._probe_if_due(now_s)
@@ -269,9 +270,13 @@ class Door:
         if hello.version != PROTOCOL_VERSION:
             self._refuse(sender, REFUSED_VERSION, version_text(PROTOCOL_VERSION, hello.version))
             return
+        if not 0 < len(hello.client) <= _MAX_NAME:  # it is repeated in every status
+            text = f"expected a client name of 1 to {_MAX_NAME} characters, got {len(hello.client)}"
+            self._refuse(sender, REFUSED_NAME, text)
+            return
         before = self._find(control_id.token)
         if before is not None:
-            before.leave("it started over")
+            before.end("it started over")
         if sum(1 for _ in self) >= self._limits.clients:
             text = f"expected at most {self._limits.clients} clients, got one more; try another node, or later"
             self._refuse(sender, REFUSED_FULL, text)
@@ -353,7 +358,7 @@ class Door:
         guest.count_malformed(error)
         if is_out:
             guest.say(Goodbye())
-            guest.leave(f"it sent {self._limits.malformed} malformed messages, the last one: {error}")
+            guest.end(f"it sent {self._limits.malformed} malformed messages, the last one: {error}")
 
 
 class Strikes:

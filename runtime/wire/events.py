@@ -26,6 +26,8 @@ class Limits:
     """Dimensions of one tensor."""
     malformed: int = 100
     """Malformed messages after which a peer is given up."""
+    backlog_bytes: int = 2**30
+    """Bytes that may wait for one peer; with more it is given up, for it does not take what it asked for."""
     clients: int = 256
     """Clients that one node serves at a time."""
     ping_every_s: float = 0.5

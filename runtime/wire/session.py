@@ -124,6 +124,10 @@ class Session(Peer, ABC):
         """Forget the data messages with a tag, whether they wait or are in flight."""
 
     @abstractmethod
+    def end(self, reason: str, now_s: float) -> None:
+        """Give the peer up."""
+
+    @abstractmethod
     def tick(self, now_s: float) -> None:
         """Do what is due."""
 
@@ -210,6 +214,8 @@ class Session(Peer, ABC):
         """Queue a data message, of `nbytes` in its frames."""
         self.uplink.push(tag, nbytes, Payload(body, tuple(frames), nbytes), now_s)
         self.pump(now_s)
+        if self.uplink.backlog_bytes > self.limits.backlog_bytes:
+            self.end(f"it leaves more than {self.limits.backlog_bytes} bytes waiting", now_s)
 
     def pump(self, now_s: float) -> None:
         """Start the first queued message, if the data socket is open and none is in flight."""
