@@ -424,6 +424,15 @@ def test_what_the_peer_would_not_take_is_refused_before_it_leaves():
         assert client.is_up
 
 
+@pytest.mark.parametrize("frame", ["text", memoryview(bytes(8)).cast("I"), memoryview(bytes(8))[::2]])
+def test_a_frame_that_is_no_run_of_bytes_is_refused_before_half_a_message_is_out(frame):
+    with open_pair() as (group, node, device, _, peer):
+        with pytest.raises(TypeError):
+            device.send_data(peer, submit(1, [b"good", b"bad"]), [b"good", frame], 1)
+        device.send_data(peer, submit(2, [b"good"]), [b"good"], 2)
+        assert group.wait(node, ReceivedData).body.request == 2
+
+
 def test_a_peer_that_leaves_too_much_waiting_is_given_up():
     with open_pair(Limits(backlog_bytes=5_000_000, message_bytes=2_000_000)) as (group, node, device, client, _):
         group.hubs.remove(device)

@@ -63,6 +63,12 @@ class _Connection:
         self.writer = writer
         self.far_writer: asyncio.StreamWriter | None = None
         self.is_swallowed = False
+        self.task: asyncio.Task[None] | None = None
+
+    def end(self) -> None:
+        """End the connection from outside: whatever carries it stops, and both sides are closed."""
+        if self.task is not None:
+            self.task.cancel()
 
     def close(self) -> None:
         """Close both sides at once; bytes that were not passed on are dropped."""
@@ -130,7 +136,7 @@ class Relay:
             if on:
                 connection.is_swallowed = True
             elif connection.is_swallowed:
-                connection.close()
+                connection.end()
 
     async def close(self) -> None:
         """Close every port and connection."""
@@ -150,6 +156,7 @@ class Relay:
         """Carry one connection from its start to its end."""
         task = asyncio.current_task()
         assert task is not None
+        connection.task = task
         self._tasks.add(task)
         self._connections.add(connection)
         connection.is_swallowed = self._is_black_hole
@@ -206,10 +213,13 @@ class _Chunk:
 
 
 async def _read(reader: asyncio.StreamReader, pacer: Pacer, waiting: asyncio.Queue[_Chunk]) -> None:
-    """Read chunk after chunk until the end."""
+    """Read chunk after chunk until the end; a reset is an end like any other."""
     loop = asyncio.get_running_loop()
     while True:
-        data = await reader.read(pacer.chunk_bytes())
+        try:
+            data = await reader.read(pacer.chunk_bytes())
+        except OSError:
+            data = b""
         await waiting.put(_Chunk(loop.time(), data))
         if not data:
             return
@@ -222,6 +232,8 @@ async def _send(
     while True:
         chunk = await waiting.get()
         if not chunk.data:
+            if connection.is_swallowed:
+                await asyncio.Event().wait()  # the end is swallowed too, until the connection is closed
             await on_the_way.put(chunk)
             return
         if not connection.is_swallowed:

@@ -146,7 +146,8 @@ class Hub:
     """All conversations of one loop thread, with nodes that we connect to and clients that connect to us.
 
     Owns its sockets. Everything but `wake` is called from one thread, which should poll at least once a second: pings are
-    answered there. Nothing but `poll` waits, and no peer's doing raises from it.
+    answered there. Nothing but `poll` waits, and no peer's doing raises from it. Close it before the process ends: its
+    memory must not go while ZeroMQ's thread still sends from it.
     """
 
     def __init__(

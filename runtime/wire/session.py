@@ -286,18 +286,26 @@ def encode_control(message: ControlMessage, limits: Limits) -> bytes:
 
 
 def check_outgoing(frames: Sequence[Buffer], limits: Limits) -> int:
-    """Check a data message against the caps that the peer will apply.
+    """Check a data message before any of it is sent: against the caps that the peer will apply, and for its form.
 
     Returns:
         Bytes of all frames.
 
     Raises:
         ProtocolError: if the peer would refuse it.
+        TypeError: if a frame is no flat run of bytes; half a message cannot be taken back.
     """
-    nbytes = sum(map(len, frames))
+    nbytes = sum(map(_frame_bytes, frames))
     if len(frames) > limits.frames or nbytes > limits.message_bytes:
         raise ProtocolError(
             f"expected at most {limits.frames} frames of {limits.message_bytes} bytes together, got {len(frames)} of "
             f"{nbytes}; send less at once, or raise Limits on both sides"
         )
     return nbytes
+
+
+def _frame_bytes(frame: Buffer) -> int:
+    view = memoryview(frame)
+    if view.ndim != 1 or view.itemsize != 1 or not view.contiguous:
+        raise TypeError(f"expected a frame of single bytes in one run, got {view.ndim} dimensions of {view.format!r}")
+    return view.nbytes

@@ -4,7 +4,7 @@
     Router   is bound; every message carries the routing id of the Dealer it came from or goes to
     Gate     decides by public key who may connect to the Routers of a context
 
-Sends are zero copy, for which pyzmq keeps one thread of its own per process, from the first large send on.
+Large frames are sent without copying, for which pyzmq keeps one thread of its own per process, from the first one on.
 """
 
 import errno
@@ -29,7 +29,7 @@ from runtime.wire.keys import Keys, load_authorised
 _log = logging.getLogger(__name__)
 
 _DATA_HWM = 8  # messages; an honest peer has one in flight, and an introduction or a repeat beside it
-_COPIED_BYTES = 2**20
+_COPIED_BYTES = 2**19
 """Smaller frames are copied: up to here that takes less than pyzmq's bookkeeping for memory it must not free (measured)."""
 
 _RECONNECT_MS = (100, 1000)  # first and longest time between two attempts
