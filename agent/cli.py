@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit 0 when all went well, 1 with one line of what failed and what to try, 2 for usage."""
     # Before torch loads its thread pool: waiting threads that spin take the cores from those that compute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.path.insert(0, os.getcwd())  # package.module:factory means one of the folder that this was typed in
     try:
         run(parse(arguments))
     except OffcutError as error:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from runtime.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeysConfig:
@@ -45,6 +47,18 @@ class InferConfig:
 
     top: int = 5
     """How many of the largest outputs to print."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        if not self.inputs:
+            raise ConfigError("expected at least one picture, got none; name a JPEG or PNG file")
+        for name in ("repeat", "top"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"expected --{name} >= 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

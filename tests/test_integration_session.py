@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -396,3 +397,14 @@ def test_a_cluster_leaves_nothing_behind_and_its_nodes_end_on_sigterm(model: run
     assert folder.exists()
     cluster.stop()
     assert not folder.exists()
+
+
+def test_a_log_folder_that_is_gone_costs_no_answer(
+    cluster: Cluster, model: runtime.Model, whole: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = tmp_path / "log"
+    with Session(cluster.deployment, runtime.load_policy("cloud-only"), log_folder=folder) as session:
+        wait_for((folder / "status.json").exists)
+        shutil.rmtree(folder)
+        session._write_status()  # what the loop does each second
+        assert torch.equal(session.infer(model.example, deadline_s=FAR_S).output, whole)

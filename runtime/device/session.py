@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import os
 import threading
 import time
@@ -31,6 +32,8 @@ from runtime.planning.policies.registry import PolicySpec
 from runtime.planning.problem import PlanningProblem, Policy, check_plan, find_route
 from runtime.types import DEVICE_NODE, Constraints, GraphSpec, LatencyBreakdown, ModelProfile, Plan, SystemState
 from runtime.wire.codec import AutoCodec
+
+logger = logging.getLogger(__name__)
 
 DEADLINE_FACTOR = 3.0
 """Default deadline in predicted device-only latencies."""
@@ -352,7 +355,7 @@ class Session:
         board = self._client.contacts.board
         state = self.state(self.deployment.model.input_kind, 0, 0.0)
         plan = board.plan_in_force
-        write_status(
+        _try_write_status(
             self._log_folder,
             {
                 "version": 1,
@@ -371,6 +374,14 @@ class Session:
                 "links": state.links,
             },
         )
+
+
+def _try_write_status(folder: Path, status: dict[str, Any]) -> None:
+    """Write the status; a folder that is gone or full must not cost an answer."""
+    try:
+        write_status(folder, status)
+    except OSError as error:
+        logger.warning("cannot write the status to %s: %s", folder, error)
 
 
 def _load_local(deployment: Deployment, auto: AutoCodec) -> LocalModel:
