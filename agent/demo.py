@@ -19,7 +19,7 @@ from agent.tables import latency_cells, make_latency_table
 from runtime.device.session import InferenceResult, Session
 from runtime.errors import ConfigError
 from runtime.model.graph import LayerGraph, trace
-from runtime.model.inputs import admit, decode, normalise
+from runtime.model.inputs import admit, run_input_stage
 from runtime.model.zoo import Model, load_model
 from runtime.planning.policies.registry import load_policy
 from runtime.testbed.cluster import Cluster
@@ -102,11 +102,8 @@ def _spinner(console: Console) -> Progress:
 
 def _run_whole(model: Model, graph: LayerGraph, photo: Path) -> Any:
     """The reference: input stage, then the untouched module, in this process."""
-    assert model.preprocessing is not None  # the demo sends pictures
-    files = admit(graph.spec, photo).values.values()
-    pixels = normalise(model.preprocessing, decode(model.preprocessing, *files))
     with torch.no_grad():
-        return model.module(pixels)
+        return model.module(run_input_stage(graph.spec, admit(graph.spec, photo)))
 
 
 def _plans(graph: LayerGraph) -> list[tuple[str, Plan]]:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +18,11 @@ from runtime.device.breaker import BreakerState
 from runtime.device.contacts import Contact, Contacts
 from runtime.device.request import Answer, Request, local_breakdown, remote_breakdown
 from runtime.errors import DeadlineExceeded, NodeBusy, NodeError, OffcutError, PeerClosed
-from runtime.model.graph import LayerGraph
-from runtime.model.segment import SegmentCache
 from runtime.node.executor import Done, Executor
+from runtime.node.job import HostedModel
 from runtime.planning.cost import sum_layers
 from runtime.planning.problem import find_route, make_stage
-from runtime.types import DEVICE_NODE, LatencyBreakdown, NodeProfile, Plan, Tier
+from runtime.types import DEVICE_NODE, LatencyBreakdown, Plan, Tier
 from runtime.wire.channel import Hub
 from runtime.wire.codec import AutoCodec
 from runtime.wire.events import Connected, Delivered, Event, Limits, Lost, Received, ReceivedData, Rejected
@@ -36,15 +34,6 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.25
 CLOSE_S = 5.0
-
-
-@dataclass(frozen=True, eq=False)
-class LocalModel:
-    """The model as the device holds it."""
-
-    graph: LayerGraph
-    segments: SegmentCache
-    profile: NodeProfile
 
 
 class Client:
@@ -61,7 +50,7 @@ class Client:
     def __init__(
         self,
         deployment: Deployment,
-        local: LocalModel | None,
+        local: HostedModel | None,
         auto: AutoCodec,
         *,
         on_end: Callable[[Request, Answer | None, OffcutError | None], None],
@@ -212,7 +201,7 @@ class Client:
         else:
             self._stage_done(request)
 
-    def _submit_stage(self, request: Request, local: LocalModel) -> None:
+    def _submit_stage(self, request: Request, local: HostedModel) -> None:
         stage = request.route.device
         bandwidth_bps = self.contacts.bandwidth_bps(self._next_name(request))
         queued_at_s = time.perf_counter()

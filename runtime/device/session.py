@@ -18,15 +18,13 @@ import torch
 
 from runtime.deployment import Deployment, load_deployment
 from runtime.device.board import RequestFacts
-from runtime.device.client import Client, LocalModel
+from runtime.device.client import Client
 from runtime.device.request import PROTECTION_FACTOR, Answer, Request
 from runtime.device.telemetry import Event, EventLog, write_status
 from runtime.errors import ConfigError, OffcutError, PeerTimeout
-from runtime.measure import load_profile
-from runtime.model.graph import trace, unflatten_outputs
+from runtime.model.graph import unflatten_outputs
 from runtime.model.inputs import Admitted, admit
-from runtime.model.segment import SegmentCache
-from runtime.model.zoo import load_model
+from runtime.node.job import HostedModel
 from runtime.planning.cost import estimate, sum_layers
 from runtime.planning.policies.registry import PolicySpec
 from runtime.planning.problem import PlanningProblem, Policy, check_plan, find_route
@@ -384,12 +382,16 @@ def _try_write_status(folder: Path, status: dict[str, Any]) -> None:
         logger.warning("cannot write the status to %s: %s", folder, error)
 
 
-def _load_local(deployment: Deployment, auto: AutoCodec) -> LocalModel:
+def _load_local(deployment: Deployment, auto: AutoCodec) -> HostedModel:
     config = deployment.model
-    model = load_model(config.spec, weights=config.weights, seed=config.seed, batch_size=config.batch_size)
-    graph = trace(model)
-    segments = SegmentCache(graph)
-    return LocalModel(graph, segments, load_profile(graph, segments, model.example, auto))
+    return HostedModel.load(
+        config.spec,
+        weights=config.weights,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        device="cpu",
+        auto=auto,
+    )
 
 
 def _met_deadline(request: Request, answer: Answer) -> bool:
