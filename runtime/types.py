@@ -1,13 +1,15 @@
 """The records everything else speaks in: plans, graphs, profiles, states, latencies.
 
-Frozen, standard library only, SI units in the names. Ranges are half-open and zero-based. A link is a directed pair of
+Frozen, standard library and our errors only, SI units in the names. Ranges are half-open and zero-based. A link is a directed pair of
 node names; the device's own name is `DEVICE_NODE`.
 """
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from runtime.errors import PlanError
 
 DEVICE_NODE = "device"
 """Name of the device in links and node tables; no deployment may give it to another node."""
@@ -57,15 +59,28 @@ class Plan:
     tiles: tuple[TileSpan, ...] = ()
     codec: str = "auto"
 
+    def __post_init__(self) -> None:
+        """Take any sequences of tiers and names, and keep them as tuples.
+
+        Raises:
+            PlanError: when one is not a sequence of tiers, or of names.
+        """
+        if type(self.tiers) is not tuple or not all(type(tier) is Tier for tier in self.tiers):
+            object.__setattr__(self, "tiers", _as_tiers(self.tiers))
+        if type(self.edge_nodes) is not tuple:
+            if isinstance(self.edge_nodes, str) or not isinstance(self.edge_nodes, Sequence):
+                raise PlanError(f"expected edge_nodes as a tuple of names, got {self.edge_nodes!r}; write (NAME,)")
+            object.__setattr__(self, "edge_nodes", tuple(self.edge_nodes))
+
     @classmethod
     def split(cls, num_layers: int, i: int, j: int, *, edge_nodes: tuple[str, ...] = (), codec: str = "auto") -> "Plan":
         """Make the common plan: layers `[0, i)` on the device, `[i, j)` on the edge, `[j, num_layers)` in the cloud.
 
         Raises:
-            ValueError: unless `0 <= i <= j <= num_layers`.
+            PlanError: unless `0 <= i <= j <= num_layers`.
         """
         if not 0 <= i <= j <= num_layers:
-            raise ValueError(f"expected 0 <= i <= j <= {num_layers}, got i={i}, j={j}")
+            raise PlanError(f"expected 0 <= i <= j <= {num_layers}, got i={i}, j={j}")
         tiers = (Tier.DEVICE,) * i + (Tier.EDGE,) * (j - i) + (Tier.CLOUD,) * (num_layers - j)
         return cls(tiers=tiers, edge_nodes=edge_nodes, codec=codec)
 
@@ -90,6 +105,14 @@ class Plan:
                 start = stop
         through = f" via {self.head}" if self.head and not self.uses(Tier.EDGE) else ""
         return " ".join(parts) + through
+
+
+def _as_tiers(tiers: object) -> tuple[Tier, ...]:
+    try:
+        return tuple(Tier[t.upper()] if isinstance(t, str) else Tier(t) for t in tiers)  # type: ignore[attr-defined]
+    except (KeyError, TypeError, ValueError) as error:
+        names = ", ".join(tier.label for tier in Tier)
+        raise PlanError(f"expected tiers as a sequence of {names}, one per layer, got {tiers!r}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,13 +74,19 @@ RESIDUAL = [(-1,), (0,), (1,), (0, 2), (3,)]
 """v0 skips over two layers into layer 3."""
 
 
-def make_deployment(*, edges: int = 1, has_cloud: bool = True, constraints: Constraints | None = None) -> Deployment:
+def make_deployment(
+    *,
+    edges: int = 1,
+    has_cloud: bool = True,
+    constraints: Constraints | None = None,
+    model: str = "tests.models:chain",
+) -> Deployment:
     """Edge nodes edge0, edge1, ... and a cloud on loopback, at ports where nothing listens."""
     nodes = [NodeConfig(name=f"edge{i}", tier=Tier.EDGE, address=f"tcp://127.0.0.1:{11 + 2 * i}") for i in range(edges)]
     if has_cloud:
         nodes.append(NodeConfig(name="cloud", tier=Tier.CLOUD, address="tcp://127.0.0.1:9"))
     return Deployment(
-        model=ModelConfig(spec="tests.models:chain"), nodes=tuple(nodes), constraints=constraints or Constraints()
+        model=ModelConfig(spec=model, input_kind="tensor"), nodes=tuple(nodes), constraints=constraints or Constraints()
     )
 
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 import runtime
 from runtime.deployment import ModelConfig
-from runtime.device.session import InferenceResult, Session
+from runtime.device.session import DEADLINE_FLOOR_S, InferenceResult, Session
 from runtime.device.telemetry import EVENTS_FILE, read_status
 from runtime.errors import (
     ConfigError,
     DeadlineExceeded,
     HandshakeError,
     InputError,
+    ModelError,
     OffcutError,
     PeerTimeout,
     PlanError,
@@ -408,3 +409,77 @@ def test_a_log_folder_that_is_gone_costs_no_answer(
         shutil.rmtree(folder)
         session._write_status()  # what the loop does each second
         assert torch.equal(session.infer(model.example, deadline_s=FAR_S).output, whole)
+
+
+def test_a_device_without_the_model_refuses_nodes_with_different_weights(cluster: Cluster) -> None:
+    with Cluster(ModelConfig(spec=MODEL, seed=7, input_kind="tensor"), edges=("other",), has_cloud=False) as second:
+        mixed = runtime.Deployment(
+            model=cluster.deployment.model,
+            nodes=(cluster.deployment.node("cloud"), second.deployment.node("other")),
+            constraints=Constraints(device_has_model=False, deadline_s=FAR_S),
+        )
+        with pytest.raises(HandshakeError, match="weights and seed of the others"):
+            Session(mixed, runtime.load_policy("cloud-only"))
+
+
+def test_nodes_with_another_number_of_threads_are_named(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        with Session(cluster.deployment, runtime.load_policy("cloud-only"), threads=2):
+            assert "cloud runs 1 torch threads, this device 2" in caplog.text
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_an_error_of_the_loop_itself_fails_what_is_open_and_what_comes_by_its_name(
+    cluster: Cluster, model: runtime.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> int:
+        raise RuntimeError("no such thing")
+
+    with Session(cluster.deployment, runtime.load_policy("cloud-only")) as session:
+        cluster.suspend("cloud")
+        with ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(session.infer, model.example, deadline_s=FAR_S)
+            wait_for(lambda: session.uplink_backlog_bytes > 0)
+            monkeypatch.setattr(session._client.contacts, "uplink_backlog_bytes", broken)
+            for _ in range(2):
+                with pytest.raises(OffcutError, match="RuntimeError: no such thing"):
+                    pending.result(timeout=10.0)
+                pending = pool.submit(session.infer, model.example)
+
+
+def test_a_refused_frame_is_a_line_of_the_log_too(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        session.infer(tmp_path / "missing.jpg")
+    event = json.loads((tmp_path / EVENTS_FILE).read_text())
+    assert (event["outcome"], event["state"]) == ("failed", None)
+    assert event["reason"].startswith("InputError: ")
+
+
+def test_a_node_that_cannot_be_used_says_why(model: runtime.Model) -> None:
+    with Session(make_deployment(model=MODEL), runtime.load_policy("cloud-only"), connect_timeout_s=0.1) as session:
+        assert session.infer(model.example, deadline_s=FAR_S).reason == "cloud is down: not connected"
+
+
+def test_small_models_get_a_default_deadline_that_a_node_can_hold(
+    session: Session, model: runtime.Model, tmp_path: Path
+) -> None:
+    session.infer(model.example)
+    event = json.loads((tmp_path / EVENTS_FILE).read_text())
+    assert event["state"]["deadline_s"] >= DEADLINE_FLOOR_S
+
+
+def test_wrong_types_get_named_errors(session: Session, model: runtime.Model, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="use infer"):
+        session.stream("frame.jpg")
+    with pytest.raises(ConfigError, match="in_flight >= 1"):
+        session.stream([model.example], in_flight=0)
+    with pytest.raises(ConfigError, match="input kind among"):
+        session.state("jpeg", 0, 1.0)
+    with pytest.raises(PlanError, match=r"runtime\.trace"):
+        runtime.run_local(session.graph, Plan.split(3, 1, 2), model.example)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="load_model first"):
+        runtime.trace(MODEL)  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="move what is there"):
+        Session(session.deployment, session.policy_spec, log_folder=tmp_path / "file")

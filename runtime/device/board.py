@@ -72,6 +72,12 @@ class Board:
         if known is None or now_s - known[0] + known[1].age_s >= state.age_s:
             self._nodes[name] = (now_s, replace(state, name=name))
 
+    def rtt_s(self) -> float:
+        """Longest known round trip of a link from the device, 0 when none is known."""
+        with self._lock:
+            known = (link.rtt_s for (source, _), (_, link) in self._links.items() if source == DEVICE_NODE)
+            return max((rtt_s for rtt_s in known if math.isfinite(rtt_s)), default=0.0)
+
     def arrived(self, now_s: float) -> None:
         """Note a request, for the rate."""
         with self._lock:

@@ -58,6 +58,10 @@ class Breaker:
         self.state = BreakerState.OPEN
         self._retry_at_s = now_s + self._cool_down_s
 
+    def retry_in_s(self, now_s: float) -> float:
+        """Seconds until a request may be tried; 0 when one may go now, inf when only a new handshake helps."""
+        return max(self._retry_at_s - now_s, 0.0) if self.state is BreakerState.OPEN else 0.0
+
     def admits(self, now_s: float) -> bool:
         """Tell whether a request may go now; the one that a half-open breaker admits is taken by this call."""
         if self.state is BreakerState.OPEN and now_s >= self._retry_at_s:

@@ -5,6 +5,7 @@ wins: the segment that runs is told to stop, the upload that runs is withdrawn.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -43,6 +44,7 @@ class Client:
         deployment: the nodes and keys.
         local: the model, or None on a device without it.
         auto: the codec's memory.
+        threads: torch threads of this process, to compare with the nodes'.
         on_end: called in the loop's thread when a request has ended, with its answer or error.
         on_second: called in the loop's thread about once a second, and at its end.
     """
@@ -53,6 +55,7 @@ class Client:
         local: HostedModel | None,
         auto: AutoCodec,
         *,
+        threads: int,
         on_end: Callable[[Request, Answer | None, OffcutError | None], None],
         on_second: Callable[[], None],
     ) -> None:
@@ -65,16 +68,17 @@ class Client:
         security = deployment.security
         keys = None if security.secret_key is None else load_keys(Path(security.secret_key))
         self._hub = Hub(DEVICE_NODE, keys=keys, insecure=security.insecure, limits=self._limits)
-        self.contacts = Contacts(deployment, self._hub, "" if local is None else local.graph.model_id)
+        model_id = "" if local is None else local.graph.model_id
+        self.contacts = Contacts(deployment, self._hub, model_id, threads=threads)
         self.uplink_backlog_bytes = 0
         """Bytes that wait for the device's uplinks, as of the loop's last turn."""
         self._executor = Executor("offcut-device-compute", self._hub.wake)
         self._requests: dict[int, Request] = {}
-        self._commands: deque[Callable[[], None]] = deque()
+        self._new: deque[Request] = deque()  # submitted, not yet seen by the loop
         self._pending_s: dict[tuple[str, int], float] = {}  # executor work not yet done -> predicted seconds
         self._stop = threading.Event()
         self._gate = threading.Lock()
-        self._is_closed = False
+        self._ended_by: OffcutError | None = None
         self._next_second_s = 0.0
         self._thread = threading.Thread(target=self._run, name="offcut-device-loop", daemon=True)
 
@@ -88,8 +92,9 @@ class Client:
     def close(self) -> None:
         """End the loop; requests that have not ended fail with `PeerClosed`."""
         self._stop.set()
-        self._hub.wake()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._hub.wake()
+            self._thread.join()
 
     @property
     def is_closing(self) -> bool:
@@ -101,11 +106,12 @@ class Client:
 
         Raises:
             PeerClosed: when the client is closed.
+            OffcutError: when the loop has ended by an error of its own.
         """
         with self._gate:
-            if self._is_closed:
-                raise PeerClosed("the session is closed; open another one")
-            self._commands.append(lambda: self._admit(request))
+            if self._ended_by is not None:
+                raise self._ended_by
+            self._new.append(request)
             self._hub.wake()
 
     def backlog_s(self) -> float:
@@ -120,25 +126,38 @@ class Client:
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        ended_by: OffcutError = PeerClosed("the session is closed; open another one")
         try:
             while not self._stop.is_set():
                 self._step()
+        except Exception as error:
+            logger.exception("the device's loop has ended")
+            ended_by = OffcutError(
+                f"the device's loop has ended by {type(error).__name__}: {error}; open a new session"
+            )
+            ended_by.__cause__ = error
         finally:
-            with self._gate:
-                self._is_closed = True
-            while self._commands:
-                self._commands.popleft()()
-            for request in list(self._requests.values()):
-                self._fail(request, PeerClosed("the session was closed before this request ended"))
+            self._shut(ended_by)
+
+    def _shut(self, ended_by: OffcutError) -> None:
+        """Fail what has not ended and refuse what comes; whatever else goes wrong, thread and sockets are closed."""
+        with self._gate:
+            self._ended_by = ended_by
+        try:
+            for request in (*self._requests.values(), *self._new):
+                request.future.set_exception(ended_by)
+                self._on_end(request, None, ended_by)
+            self._stop.set()
             self._on_second()
+        finally:
             self._executor.close()
             self._hub.close()
 
     def _step(self) -> None:
         for event in self._hub.poll(self._wait_s()):
             self._handle(event)
-        while self._commands:
-            self._commands.popleft()()
+        while self._new:
+            self._admit(self._new.popleft())
         for done in self._executor.finished():
             self._finish(done)
         self.uplink_backlog_bytes = self.contacts.uplink_backlog_bytes()
@@ -266,8 +285,9 @@ class Client:
         contact = self.contacts[name]
         request.target = name
         request.tried.add(name)
-        if not contact.peer.is_up or not contact.breaker.admits(now_s):
-            self._remote_failed(request, f"{name} is down")
+        why_not = contact.why_not(now_s)
+        if why_not or not contact.breaker.admits(now_s):
+            self._remote_failed(request, why_not or f"{name} is paused: another request tries whether it answers again")
             return
         if packed is None:
             crossing = request.route.up[0]
@@ -404,21 +424,22 @@ class Client:
             self.contacts.board.hear_reply(name, hop.state, received_at_s)
         latency: LatencyBreakdown = remote_breakdown(request, result.hops, names, received_at_s, time.perf_counter())
         request.is_remote = False
-        self._end(request, Answer({**request.values, **outputs}, latency, "remote", ""))
+        self._end(request, Answer({**request.values, **outputs}, latency, "remote", request.reason))
 
     # --- endings ----------------------------------------------------------------------------------------------------
 
     def _end(self, request: Request, answer: Answer) -> None:
         del self._requests[request.number]
-        self._give_up_remote(request)
-        self.contacts.board.ended(request.plan, answer.latency.total_s / request.predicted.total_s - 1.0)
         request.future.set_result(answer)
+        self._give_up_remote(request)
+        predicted_s = request.predicted.total_s
+        self.contacts.board.ended(request.plan, answer.latency.total_s / predicted_s - 1.0 if predicted_s else math.nan)
         self._on_end(request, answer, None)
 
     def _fail(self, request: Request, error: OffcutError) -> None:
         del self._requests[request.number]
-        self._give_up_remote(request)
         request.future.set_exception(error)
+        self._give_up_remote(request)
         self._on_end(request, None, error)
 
     def _give_up_remote(self, request: Request) -> None:

@@ -1,5 +1,6 @@
 """The nodes as the device knows them: who answers, what they run, how they are."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -7,12 +8,14 @@ from dataclasses import dataclass, field
 
 from runtime.deployment import Deployment
 from runtime.device.board import Board
-from runtime.device.breaker import Breaker
+from runtime.device.breaker import Breaker, BreakerState
 from runtime.errors import HandshakeError
 from runtime.types import DEVICE_NODE, GraphSpec, NodeProfile, Tier
 from runtime.wire.channel import Hub
 from runtime.wire.events import Connected, Peer
 from runtime.wire.messages import CAPABILITIES, PROTOCOL_VERSION, Describe, Described, Hello, Status
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -27,6 +30,19 @@ class Contact:
     profile: NodeProfile | None = None
     graph: GraphSpec | None = None
     refused: HandshakeError | None = None
+    threads: int = 1
+
+    def why_not(self, now_s: float) -> str:
+        """Why no request can go to the node at this moment; empty when one can."""
+        if self.refused is not None:
+            return f"{self.name} cannot be used: {self.refused}"
+        if not self.peer.is_up:
+            return f"{self.name} is down: not connected"
+        if not self.is_described:
+            return f"{self.name} is down: connected, but has not said yet what it runs"
+        if self.breaker.state is BreakerState.CLOSED or not self.breaker.retry_in_s(now_s):
+            return ""
+        return f"{self.name} is paused: it left requests unanswered, next try in {self.breaker.retry_in_s(now_s):.1f} s"
 
     @property
     def is_described(self) -> bool:
@@ -40,16 +56,19 @@ class Contacts:
     Args:
         deployment: the nodes.
         hub: connects to them.
-        model_id: of the model the device holds; empty: any weights of the deployment's model will do.
+        model_id: of the model the device holds; empty: the weights of the first node that answers count, and every
+            other node must run the same.
+        threads: torch threads of this process.
     """
 
-    def __init__(self, deployment: Deployment, hub: Hub, model_id: str) -> None:
+    def __init__(self, deployment: Deployment, hub: Hub, model_id: str, *, threads: int = 1) -> None:
         self.board = Board({node.name: node.tier for node in deployment.nodes})
         self.changed = threading.Condition()
         """Notified when a node has described itself, was lost or refused us."""
         self._deployment = deployment
         self._hub = hub
         self._model_id = model_id
+        self._threads = threads
         self._by_name: dict[str, Contact] = {}
 
     def __iter__(self) -> Iterator[Contact]:
@@ -70,19 +89,42 @@ class Contacts:
     def connected(self, event: Connected) -> None:
         """A node has welcomed us: ask it for its profile of our model."""
         contact = self._by_name[event.peer.name]
-        wanted = self._deployment.model.spec
+        self._note_threads(contact, event.welcome.threads)
+        wanted, pinned = self._deployment.model.spec, self._pinned_model_id(contact)
         for offer in event.welcome.offers:
-            if offer.model_id == self._model_id or (not self._model_id and offer.spec == wanted):
+            if offer.model_id == pinned or (not pinned and offer.spec == wanted):
                 contact.model_id = offer.model_id
                 self._hub.send(contact.peer, Describe(offer.model_id))
                 return
-        runs = ", ".join(offer.spec for offer in event.welcome.offers)
+        contact.model_id = ""
+        runs = ", ".join(f"{offer.spec} ({offer.model_id[:12]})" for offer in event.welcome.offers)
         self.rejected(
-            contact.name, HandshakeError(f"expected a node that runs {wanted}, {contact.name} runs {runs}; restart it")
+            contact.name,
+            HandshakeError(
+                f"expected a node that runs {wanted} ({pinned[:12] or 'any weights'}), {contact.name} runs {runs}; "
+                "restart it with the model, weights and seed of the others"
+            ),
         )
+
+    def _pinned_model_id(self, contact: Contact) -> str:
+        """The model all nodes must run: the device's own, else that of the other nodes that are up."""
+        others = (c.model_id for c in self if c is not contact and c.peer.is_up and c.model_id)
+        return self._model_id or next(others, "")
+
+    def _note_threads(self, contact: Contact, threads: int) -> None:
+        contact.threads = threads
+        if threads != self._threads:
+            logger.warning(
+                "%s runs %d torch threads, this device %d: outputs agree within rounding, not bit for bit; "
+                "start both with the same number",
+                contact.name,
+                threads,
+                self._threads,
+            )
 
     def rejected(self, name: str, error: HandshakeError) -> None:
         """A node must not be used, and why."""
+        logger.warning("%s cannot be used: %s", name, error)
         with self.changed:
             self._by_name[name].refused = error
             self.changed.notify_all()

@@ -28,7 +28,7 @@ class Answer:
     values: Mapping[str, torch.Tensor]
     latency: LatencyBreakdown
     outcome: str  # remote, device (the plan needed no node), local (the device finished it instead)
-    reason: str  # why the device finished it; empty otherwise
+    reason: str  # why it did not go as planned: the device finished it, or another node; empty otherwise
 
 
 @dataclass(eq=False)

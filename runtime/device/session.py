@@ -21,20 +21,33 @@ from runtime.device.board import RequestFacts
 from runtime.device.client import Client
 from runtime.device.request import PROTECTION_FACTOR, Answer, Request
 from runtime.device.telemetry import Event, EventLog, write_status
-from runtime.errors import ConfigError, OffcutError, PeerTimeout
+from runtime.errors import ConfigError, InputError, OffcutError, PeerTimeout
 from runtime.model.graph import unflatten_outputs
 from runtime.model.inputs import Admitted, admit
 from runtime.node.job import HostedModel
 from runtime.planning.cost import estimate, sum_layers
 from runtime.planning.policies.registry import PolicySpec
 from runtime.planning.problem import PlanningProblem, Policy, check_plan, find_route
-from runtime.types import DEVICE_NODE, Constraints, GraphSpec, LatencyBreakdown, ModelProfile, Plan, SystemState
+from runtime.types import (
+    DEVICE_NODE,
+    INPUT_KINDS,
+    Constraints,
+    GraphSpec,
+    LatencyBreakdown,
+    ModelProfile,
+    Plan,
+    SystemState,
+)
 from runtime.wire.codec import AutoCodec
 
 logger = logging.getLogger(__name__)
 
 DEADLINE_FACTOR = 3.0
 """Default deadline in predicted device-only latencies."""
+
+DEADLINE_FLOOR_S = 0.05
+"""Default deadlines are no shorter than this and two round trips: a model of a few milliseconds would never get an
+answer from a node. Guess: two frames of a camera."""
 
 CONNECT_TIMEOUT_S = 3.0
 """How long a new session waits for nodes that do not answer before it starts without them."""
@@ -73,7 +86,7 @@ class InferenceResult:
 class Session:
     """The device side of a deployment. Use as a context manager, or `close` it.
 
-    Several threads may call `infer` at once. Making a session sets torch's thread count for the process to `threads`:
+    Several threads may call `infer` at once. Answers arrive in the thread that asked. Making a session sets torch's thread count for the process to `threads`:
     outputs are bit-equal only between processes with the same number, and two threads under contention are slower
     than one.
 
@@ -113,7 +126,14 @@ class Session:
         self._reasons: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._policies: dict[str, tuple[PlanningProblem, Policy]] = {}
-        self._client = Client(deployment, self._local, self._auto, on_end=self._on_end, on_second=self._write_status)
+        self._client = Client(
+            deployment,
+            self._local,
+            self._auto,
+            threads=threads,
+            on_end=self._on_end,
+            on_second=self._write_status,
+        )
         self._client.start()
         try:
             self._client.contacts.wait_described(connect_timeout_s)
@@ -159,7 +179,8 @@ class Session:
         Args:
             x: path or bytes of a JPEG or PNG, a uint8 image, or the model's input tensor; a list of files or bytes for
                 batch sizes above 1.
-            deadline_s: for this request; None takes the deployment's, or three times the predicted device-only time.
+            deadline_s: for this request; None takes the deployment's, or three times the predicted device-only time
+                (at least `DEADLINE_FLOOR_S` and two round trips).
             plan: use this plan instead of asking the policy.
 
         Raises:
@@ -185,7 +206,22 @@ class Session:
             in_flight: how many may be under way at once.
             deadline_s: for each request.
             plan: for each request, instead of asking the policy.
+
+        Raises:
+            InputError: `frames` is one frame and no collection of frames.
+            ConfigError: `in_flight` is not positive.
         """
+        if isinstance(frames, (str, bytes, bytearray, Path, torch.Tensor)):
+            raise InputError(
+                f"expected frames to be a list or iterator of inputs, got one {type(frames).__name__}; use infer"
+            )
+        if in_flight < 1:
+            raise ConfigError(f"expected in_flight >= 1, got {in_flight}")
+        return self._stream(frames, in_flight, deadline_s, plan)
+
+    def _stream(
+        self, frames: Iterable[Any], in_flight: int, deadline_s: float | None, plan: Plan | None
+    ) -> Iterator[InferenceResult]:
         waiting: deque[Request | InferenceResult] = deque()
         for frame in frames:
             waiting.append(self._try_start(frame, deadline_s, plan))
@@ -195,7 +231,13 @@ class Session:
             yield self._result(waiting.popleft())
 
     def state(self, input_kind: str, input_bytes: int, deadline_s: float) -> SystemState:
-        """What is known of nodes and links at this instant: what the policy would see."""
+        """What is known of nodes and links at this instant: what the policy would see.
+
+        Raises:
+            ConfigError: when there is no such kind of input.
+        """
+        if input_kind not in INPUT_KINDS:
+            raise ConfigError(f"expected an input kind among {', '.join(INPUT_KINDS)}, got {input_kind!r}")
         client = self._client
         facts = RequestFacts(input_kind, input_bytes, deadline_s, client.backlog_s(), client.uplink_backlog_bytes)
         return client.contacts.board.state(facts, time.perf_counter())
@@ -219,6 +261,13 @@ class Session:
 
     def _start(self, x: Any, deadline_s: float | None, plan: Plan | None) -> Request:
         arrived_at_s = time.perf_counter()
+        try:
+            return self._admit(x, deadline_s, plan, arrived_at_s)
+        except OffcutError as error:
+            self._note_refusal(arrived_at_s, plan, error)
+            raise
+
+    def _admit(self, x: Any, deadline_s: float | None, plan: Plan | None, arrived_at_s: float) -> Request:
         admitted = admit(self.graph, x)
         limit_s = self._deadline_s(admitted.kind, deadline_s)
         with self._lock:  # policies are not asked to be thread safe
@@ -267,7 +316,8 @@ class Session:
     def _deadline_s(self, kind: str, asked_s: float | None) -> float:
         limit_s = asked_s if asked_s is not None else self.deployment.constraints.deadline_s
         if limit_s is None:
-            limit_s = DEADLINE_FACTOR * self._local_s(kind)
+            floor_s = DEADLINE_FLOOR_S + 2.0 * self._client.contacts.board.rtt_s()
+            limit_s = max(DEADLINE_FACTOR * self._local_s(kind), floor_s)
         if not limit_s > 0:
             raise ConfigError(f"expected deadline_s > 0, got {limit_s}")
         return limit_s
@@ -318,7 +368,33 @@ class Session:
                 "with `offcut worker`, or set device_has_model = true"
             )
 
-    # --- telemetry, in the loop's thread ------------------------------------------------------------------------------
+    # --- telemetry, in the loop's thread but for refusals ---------------------------------------------------------------
+
+    def _note_refusal(self, arrived_at_s: float, plan: Plan | None, error: OffcutError) -> None:
+        """Note a request that was refused before it was sent anywhere: it is a line of the log as any other."""
+        self._counts["failed"] += 1
+        self._reasons[type(error).__name__] += 1
+        if self._log is None:
+            return
+        self._log.write(
+            Event(
+                request=next(self._numbers),
+                arrived_after_s=arrived_at_s - self._began_at_s,
+                model_id=self.model_id,
+                policy=self.policy_spec.name,
+                plan="" if plan is None else plan.describe(),
+                tiers="",
+                edge_nodes=(),
+                codec="",
+                state=None,
+                predicted=None,
+                measured=None,
+                outcome="failed",
+                reason=f"{type(error).__name__}: {error}",
+                deadline_met=False,
+                is_protected=False,
+            )
+        )
 
     def _on_end(self, request: Request, answer: Answer | None, error: OffcutError | None) -> None:
         outcome = "failed" if answer is None else answer.outcome
@@ -369,6 +445,8 @@ class Session:
                 "uplink_backlog_bytes": state.uplink_backlog_bytes,
                 "nodes": state.nodes,
                 "breakers": {c.name: c.breaker.state.value for c in self._client.contacts},
+                "unusable": {c.name: why for c in self._client.contacts if (why := c.why_not(time.perf_counter()))},
+                "threads": {c.name: c.threads for c in self._client.contacts if c.is_described},
                 "links": state.links,
             },
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from runtime.errors import ConfigError
 from runtime.types import LatencyBreakdown, SystemState
 
 EVENT_VERSION = 1
@@ -33,12 +34,12 @@ class Event:
     arrived_after_s: float  # since the session began
     model_id: str
     policy: str
-    plan: str  # device[0:10) edge0[10:20) ...
+    plan: str  # device[0:10) edge0[10:20) ...; empty when the request was refused before a plan was made
     tiers: str  # one digit per layer: 0 device, 1 edge, 2 cloud
     edge_nodes: tuple[str, ...]
     codec: str
-    state: SystemState
-    predicted: LatencyBreakdown
+    state: SystemState | None  # None when the request was refused at once, such as a file that is no image
+    predicted: LatencyBreakdown | None
     measured: LatencyBreakdown | None  # None when there was no answer
     outcome: str  # remote, device, local, failed
     reason: str
@@ -47,10 +48,19 @@ class Event:
 
 
 class EventLog:
-    """Appends events to a rotated file."""
+    """Appends events to a rotated file.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"expected {folder} to be a folder for events and status, got: {error.strerror}; move what is there"
+            ) from error
         self._handler = logging.handlers.RotatingFileHandler(
             folder / EVENTS_FILE, maxBytes=EVENT_FILE_BYTES, backupCount=EVENT_FILES, delay=True, encoding="utf-8"
         )
@@ -60,7 +70,7 @@ class EventLog:
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         fields = msgspec.to_builtins(event)
         text = msgspec.json.encode({"version": EVENT_VERSION, "at": at, **fields}).decode()
-        self._handler.emit(logging.makeLogRecord({"msg": text}))
+        self._handler.handle(logging.makeLogRecord({"msg": text}))
 
     def close(self) -> None:
         """Close the file."""

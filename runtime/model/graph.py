@@ -65,6 +65,8 @@ def trace(model: Model) -> LayerGraph:
     Raises:
         ModelError: when it cannot be traced; names the layer and the way out.
     """
+    if not isinstance(model, Model):
+        raise ModelError(f"expected a model from runtime.load_model, got {type(model).__name__}; call load_model first")
     if model.module.training:
         raise ModelError("expected a model in eval mode, got one in train mode; call module.eval() in its factory")
     exported = export(model.module, model.example)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from runtime.errors import TensorMismatch
+from runtime.errors import PlanError, TensorMismatch
 from runtime.model.graph import LayerGraph, unflatten_outputs
 from runtime.model.inputs import admit
 from runtime.model.layout import copy_to, place
@@ -294,6 +294,8 @@ def run_local(graph: LayerGraph, plan: Plan, x: Any) -> Any:
         InputError: when the model cannot take the input.
         PlanError: when the plan does not fit the graph, or data would flow back towards the device.
     """
+    if not isinstance(graph, LayerGraph):
+        raise PlanError(f"expected the graph that runtime.trace returns, got {type(graph).__name__}")
     admitted = admit(graph.spec, x)
     check_monotone(graph.spec, plan, graph.spec.entry(admitted.kind))
     route = find_route(graph.spec, replace(plan, edge_nodes=plan.edge_nodes or ("edge",)), admitted.kind)

@@ -86,6 +86,7 @@ class Worker:
         self._hub = Hub(config.name, keys=keys, authorised=config.keys, insecure=config.insecure, limits=self._limits)
         self._executor = Executor(f"offcut-compute-{config.name}", self._hub.wake)
         self._next: dict[str, Peer] = {}
+        self._refusals: dict[str, str] = {}  # next node -> why it does not want us
 
     def bind(self) -> str:
         """Bind, connect to the next nodes, and return the address that clients use.
@@ -175,7 +176,7 @@ class Worker:
                 "same model, weights, seed, batch size and torch version, or give both the same weights file",
             )
         offers = tuple(Offer(i, m.spec, m.graph.spec.graph_id) for i, m in self._models.items())
-        return Welcome(PROTOCOL_VERSION, self.config.name, self._tier, offers, CAPABILITIES)
+        return Welcome(PROTOCOL_VERSION, self.config.name, self._tier, offers, CAPABILITIES, self.config.threads)
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -195,8 +196,17 @@ class Worker:
                 self._jobs[self._upstream[number]].upload_s = transfer_s
             case Lost(peer=peer, reason=reason):
                 self._lose(peer, reason)
-            case Connected() | Rejected() | Delivered() | ReceivedData():
+            case Connected() | Rejected():
+                self._note_next(event)
+            case Delivered() | ReceivedData():
                 logger.debug("%s", event)
+
+    def _note_next(self, event: Connected | Rejected) -> None:
+        """The node behind this one wants us, or does not."""
+        self._refusals.pop(event.peer.name, None)
+        if isinstance(event, Rejected):
+            self._refusals[event.peer.name] = str(event.error)
+            logger.error("%s refuses this node: %s", event.peer.name, event.error)
 
     def _hear(self, peer: Peer, message: object) -> None:
         match message:
@@ -309,8 +319,7 @@ class Worker:
             job.relay()
         peer = self._next_peer(job)
         if peer is None:
-            text = f"node {self.config.name} has no live node of the next tier; start it with --connect cloud=ADDRESS"
-            self._execute(self._machine.next_failed(key, kind="lost", text=text))
+            self._execute(self._machine.next_failed(key, kind="lost", text=self._why_no_next()))
             return
         self._next_number += 1
         number = self._next_number
@@ -320,6 +329,13 @@ class Worker:
         onward = Submit(number, submit.model_id, submit.plan, submit.input_kind, remaining_s, job.onward.headers)
         self._hub.send_data(peer, onward, job.onward.frames, number)
         job.onward = Packed()
+
+    def _why_no_next(self) -> str:
+        if self._refusals:
+            return "; ".join(f"{name} refuses {self.config.name}: {why}" for name, why in self._refusals.items())
+        if self._next:
+            return f"{self.config.name} is not connected to {', '.join(self._next)}; is it running?"
+        return f"{self.config.name} knows no node of the next tier; start it with --connect cloud=ADDRESS"
 
     def _reply(self, key: Key) -> None:
         job = self._jobs.pop(key)

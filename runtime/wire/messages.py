@@ -72,6 +72,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     tier: Tier
     offers: tuple[Offer, ...]
     capabilities: tuple[str, ...]
+    threads: int = 1  # torch threads: outputs are bit-equal only between processes with the same number
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
