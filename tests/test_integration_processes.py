@@ -24,9 +24,10 @@ pytestmark = pytest.mark.integration
 MODELS = ("tests.models:chain", "tests.models:residual")
 
 PROGRAM = """
-import sys, runtime
+import signal, sys, runtime
 from runtime.deployment import ModelConfig
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     with runtime.Cluster(ModelConfig(spec="tests.models:chain"), edges=(), relays=("cloud",)) as cluster:
         print(cluster.folder, cluster.pid("cloud"), flush=True)
         sys.stdin.read()
