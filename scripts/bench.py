@@ -9,10 +9,15 @@ from rich.console import Console
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads its thread pool
 
 from agent.bench.echo import EchoConfig, run_echo
+from agent.bench.recovery import RecoveryConfig, run_recovery
 
 if __name__ == "__main__":
-    config = tyro.extras.subcommand_cli_from_dict({"echo": EchoConfig})
-    report = run_echo(config)
+    config = tyro.extras.subcommand_cli_from_dict({"echo": EchoConfig, "recovery": RecoveryConfig})
+    match config:
+        case EchoConfig():
+            report = run_echo(config)
+        case RecoveryConfig():
+            report = run_recovery(config)
     report.show(Console())
     if config.json is not None:
         report.write(config.json)

@@ -247,6 +247,12 @@ class Session:
         """Bytes that wait for the device's uplinks or are on their way."""
         return self._client.uplink_backlog_bytes
 
+    @property
+    def unusable(self) -> dict[str, str]:
+        """Nodes that no request can go to at this moment, and why."""
+        now_s = time.perf_counter()
+        return {c.name: why for c in self._client.contacts if (why := c.why_not(now_s))}
+
     def problem(self, input_kind: str) -> PlanningProblem:
         """What the policy was built for, with the profiles of all nodes that have described themselves."""
         return self._policy(input_kind)[0]
@@ -445,7 +451,7 @@ class Session:
                 "uplink_backlog_bytes": state.uplink_backlog_bytes,
                 "nodes": state.nodes,
                 "breakers": {c.name: c.breaker.state.value for c in self._client.contacts},
-                "unusable": {c.name: why for c in self._client.contacts if (why := c.why_not(time.perf_counter()))},
+                "unusable": self.unusable,
                 "threads": {c.name: c.threads for c in self._client.contacts if c.is_described},
                 "links": state.links,
             },
