@@ -483,3 +483,12 @@ def test_wrong_types_get_named_errors(session: Session, model: runtime.Model, tm
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="move what is there"):
         Session(session.deployment, session.policy_spec, log_folder=tmp_path / "file")
+
+
+def test_a_session_changes_its_rule_between_two_requests(session: Session, model: runtime.Model) -> None:
+    assert session.infer(model.example, deadline_s=FAR_S).outcome == "device"
+    session.use(runtime.load_policy("cloud-only"))
+    assert session.infer(model.example, deadline_s=FAR_S).outcome == "remote"
+    with pytest.raises(PlanError):
+        session.use(runtime.load_policy("fixed:99,99"))
+    assert session.infer(model.example, deadline_s=FAR_S).outcome == "remote"

@@ -124,7 +124,7 @@ class Contacts:
 
     def rejected(self, name: str, error: HandshakeError) -> None:
         """A node must not be used, and why."""
-        logger.warning("%s cannot be used: %s", name, error)
+        logger.info("%s cannot be used: %s", name, error)
         with self.changed:
             self._by_name[name].refused = error
             self.changed.notify_all()
@@ -153,6 +153,10 @@ class Contacts:
             self._by_name[name].breaker.lost()
             self.board.set_up(name, is_up=False)
             self.changed.notify_all()
+
+    def unusable(self, now_s: float) -> dict[str, str]:
+        """Nodes that no request can go to at this moment, and why."""
+        return {contact.name: why for contact in self if (why := contact.why_not(now_s))}
 
     def wait_described(self, timeout_s: float) -> None:
         """Block until every node has described itself or refused us, at most `timeout_s`."""

@@ -69,6 +69,10 @@ class Request:
         own = () if self.is_stage_done else self.route.device.layers
         return tuple(sorted(own + beyond))
 
+    def is_in_time(self, latency: LatencyBreakdown) -> bool:
+        """Tell whether an answer with this latency held the deadline."""
+        return self.arrived_at_s + latency.total_s <= self.deadline_at_s
+
     def protect_at_s(self, remainder_s: float, backlog_s: float) -> float:
         """When the device must start to finish the request itself.
 

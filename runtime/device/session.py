@@ -3,10 +3,9 @@
 import dataclasses
 import itertools
 import logging
-import os
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ import torch
 from runtime.deployment import Deployment, load_deployment
 from runtime.device.board import RequestFacts
 from runtime.device.client import Client
+from runtime.device.journal import Journal
 from runtime.device.request import PROTECTION_FACTOR, Answer, Request
-from runtime.device.telemetry import Event, EventLog, write_status
 from runtime.errors import ConfigError, InputError, OffcutError, PeerTimeout
 from runtime.model.graph import unflatten_outputs
 from runtime.model.inputs import Admitted, admit
@@ -116,14 +115,10 @@ class Session:
         torch.set_num_threads(threads)
         self.deployment = deployment
         self.policy_spec = policy
-        self._began_at_s = time.perf_counter()
         self._auto = AutoCodec()
         self._local = _load_local(deployment, self._auto) if deployment.constraints.device_has_model else None
-        self._log_folder = log_folder
-        self._log = None if log_folder is None else EventLog(log_folder)
+        self._journal = Journal(log_folder, deployment.model.spec)
         self._numbers = itertools.count(1)
-        self._counts: Counter[str] = Counter()
-        self._reasons: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._policies: dict[str, tuple[PlanningProblem, Policy]] = {}
         self._client = Client(
@@ -131,13 +126,14 @@ class Session:
             self._local,
             self._auto,
             threads=threads,
-            on_end=self._on_end,
+            on_end=self._journal.ended,
             on_second=self._write_status,
         )
         self._client.start()
         try:
             self._client.contacts.wait_described(connect_timeout_s)
             self._check_contacts(connect_timeout_s)
+            self._journal.model_id = self.model_id
             self._policy(deployment.model.input_kind)  # refuses at once what can never be legal
         except BaseException:
             self.close()
@@ -154,8 +150,7 @@ class Session:
     def close(self) -> None:
         """End the session; requests that have not ended fail."""
         self._client.close()
-        if self._log is not None:
-            self._log.close()
+        self._journal.close()
 
     # --- using it ---------------------------------------------------------------------------------------------------
 
@@ -242,6 +237,21 @@ class Session:
         facts = RequestFacts(input_kind, input_bytes, deadline_s, client.backlog_s(), client.uplink_backlog_bytes)
         return client.contacts.board.state(facts, time.perf_counter())
 
+    def use(self, policy: PolicySpec) -> None:
+        """Decide with another rule from the next request on.
+
+        Raises:
+            PlanError: no plan of this rule is legal here; the one in use stays.
+        """
+        with self._lock:
+            before = (self.policy_spec, self._policies)
+            self.policy_spec, self._policies = policy, {}
+            try:
+                self._policy(self.deployment.model.input_kind)
+            except BaseException:
+                self.policy_spec, self._policies = before
+                raise
+
     @property
     def uplink_backlog_bytes(self) -> int:
         """Bytes that wait for the device's uplinks or are on their way."""
@@ -250,12 +260,16 @@ class Session:
     @property
     def unusable(self) -> dict[str, str]:
         """Nodes that no request can go to at this moment, and why."""
-        now_s = time.perf_counter()
-        return {c.name: why for c in self._client.contacts if (why := c.why_not(now_s))}
+        return self._client.contacts.unusable(time.perf_counter())
 
     def problem(self, input_kind: str) -> PlanningProblem:
         """What the policy was built for, with the profiles of all nodes that have described themselves."""
         return self._policy(input_kind)[0]
+
+    def _write_status(self) -> None:
+        state = self.state(self.deployment.model.input_kind, 0, 0.0)
+        is_running = not self._client.is_closing
+        self._journal.write_status(self._client.contacts, state, self.policy_spec.name, is_running=is_running)
 
     # --- one request ------------------------------------------------------------------------------------------------
 
@@ -270,7 +284,7 @@ class Session:
         try:
             return self._admit(x, deadline_s, plan, arrived_at_s)
         except OffcutError as error:
-            self._note_refusal(arrived_at_s, plan, error)
+            self._journal.refused(next(self._numbers), arrived_at_s, self.policy_spec.name, plan, error)
             raise
 
     def _admit(self, x: Any, deadline_s: float | None, plan: Plan | None, arrived_at_s: float) -> Request:
@@ -343,7 +357,7 @@ class Session:
             outcome=answer.outcome,
             reason=answer.reason,
             protected=request.is_protected,
-            deadline_met=_met_deadline(request, answer),
+            deadline_met=request.is_in_time(answer.latency),
             error=None,
             _output=unflatten_outputs(self.graph, answer.values),
         )
@@ -374,97 +388,6 @@ class Session:
                 "with `offcut worker`, or set device_has_model = true"
             )
 
-    # --- telemetry, in the loop's thread but for refusals ---------------------------------------------------------------
-
-    def _note_refusal(self, arrived_at_s: float, plan: Plan | None, error: OffcutError) -> None:
-        """Note a request that was refused before it was sent anywhere: it is a line of the log as any other."""
-        self._counts["failed"] += 1
-        self._reasons[type(error).__name__] += 1
-        if self._log is None:
-            return
-        self._log.write(
-            Event(
-                request=next(self._numbers),
-                arrived_after_s=arrived_at_s - self._began_at_s,
-                model_id=self.model_id,
-                policy=self.policy_spec.name,
-                plan="" if plan is None else plan.describe(),
-                tiers="",
-                edge_nodes=(),
-                codec="",
-                state=None,
-                predicted=None,
-                measured=None,
-                outcome="failed",
-                reason=f"{type(error).__name__}: {error}",
-                deadline_met=False,
-                is_protected=False,
-            )
-        )
-
-    def _on_end(self, request: Request, answer: Answer | None, error: OffcutError | None) -> None:
-        outcome = "failed" if answer is None else answer.outcome
-        self._counts[outcome] += 1
-        if request.reason:
-            self._reasons[request.reason.partition(":")[0]] += 1
-        if self._log is None:
-            return
-        self._log.write(
-            Event(
-                request=request.number,
-                arrived_after_s=request.arrived_at_s - self._began_at_s,
-                model_id=self.model_id,
-                policy=request.policy,
-                plan=request.plan.describe(),
-                tiers="".join(str(int(tier)) for tier in request.plan.tiers),
-                edge_nodes=request.plan.edge_nodes,
-                codec=request.plan.codec,
-                state=request.state,
-                predicted=request.predicted,
-                measured=None if answer is None else answer.latency,
-                outcome=outcome,
-                reason=request.reason if error is None else f"{type(error).__name__}: {error}",
-                deadline_met=answer is not None and _met_deadline(request, answer),
-                is_protected=request.is_protected,
-            )
-        )
-
-    def _write_status(self) -> None:
-        if self._log_folder is None:
-            return
-        board = self._client.contacts.board
-        state = self.state(self.deployment.model.input_kind, 0, 0.0)
-        plan = board.plan_in_force
-        _try_write_status(
-            self._log_folder,
-            {
-                "version": 1,
-                "pid": os.getpid(),
-                "is_running": not self._client.is_closing,
-                "written_at_unix_s": time.time(),
-                "model": self.deployment.model.spec,
-                "policy": self.policy_spec.name,
-                "plan": None if plan is None else plan.describe(),
-                "outcomes": dict(self._counts),
-                "fallback_reasons": dict(self._reasons),
-                "device_backlog_s": state.device_backlog_s,
-                "uplink_backlog_bytes": state.uplink_backlog_bytes,
-                "nodes": state.nodes,
-                "breakers": {c.name: c.breaker.state.value for c in self._client.contacts},
-                "unusable": self.unusable,
-                "threads": {c.name: c.threads for c in self._client.contacts if c.is_described},
-                "links": state.links,
-            },
-        )
-
-
-def _try_write_status(folder: Path, status: dict[str, Any]) -> None:
-    """Write the status; a folder that is gone or full must not cost an answer."""
-    try:
-        write_status(folder, status)
-    except OSError as error:
-        logger.warning("cannot write the status to %s: %s", folder, error)
-
 
 def _load_local(deployment: Deployment, auto: AutoCodec) -> HostedModel:
     config = deployment.model
@@ -476,10 +399,6 @@ def _load_local(deployment: Deployment, auto: AutoCodec) -> HostedModel:
         device="cpu",
         auto=auto,
     )
-
-
-def _met_deadline(request: Request, answer: Answer) -> bool:
-    return request.arrived_at_s + answer.latency.total_s <= request.deadline_at_s
 
 
 def _failed_result(plan: Plan, error: OffcutError) -> InferenceResult:
