@@ -1,30 +1,49 @@
 """The `offcut` command: parses one of the records of `agent.config` and runs it."""
 
+import inspect
 import os
+import platform
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from importlib import metadata
+from typing import Annotated, Any, TypeAlias, Union
 
 import tyro
 
-from agent.config import InferConfig, KeysConfig, StatusConfig
+from agent.config import CheckConfig, InferConfig, KeysConfig, LayersConfig, StatusConfig
+from agent.tables import loading
 from runtime.errors import OffcutError
 from runtime.node.config import WorkerConfig
 
-Command = (
-    Annotated[WorkerConfig, tyro.conf.subcommand("worker")]
-    | Annotated[InferConfig, tyro.conf.subcommand("infer")]
-    | Annotated[StatusConfig, tyro.conf.subcommand("status")]
-    | Annotated[KeysConfig, tyro.conf.subcommand("keys")]
-)
+Config: TypeAlias = WorkerConfig | InferConfig | StatusConfig | CheckConfig | LayersConfig | KeysConfig
+
+COMMANDS: dict[str, type[Config]] = {
+    "worker": WorkerConfig,
+    "infer": InferConfig,
+    "status": StatusConfig,
+    "check": CheckConfig,
+    "layers": LayersConfig,
+    "keys": KeysConfig,
+}
+
+DESCRIPTION = """Split DNN inference across a device, edge nodes and a cloud. `offcut COMMAND --help` explains a command;
+`offcut --version` prints what device and nodes must agree on."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> WorkerConfig | InferConfig | StatusConfig | KeysConfig:
+def parse(arguments: Sequence[str] | None = None) -> Config:
     """Parse a command line; None takes this program's. Usage mistakes exit with 2."""
-    return tyro.cli(Command, prog="offcut", args=arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    is_overview = not given or given[0] not in COMMANDS
+    kinds = []
+    for name, kind in COMMANDS.items():
+        summary = inspect.cleandoc(kind.__doc__ or "").splitlines()[0]
+        kinds.append(Annotated[kind, tyro.conf.subcommand(name, description=summary if is_overview else None)])
+    command: Any = Union[tuple(kinds)]  # noqa: UP007 - made at run time
+    config: Config = tyro.cli(command, prog="offcut", description=DESCRIPTION, args=given)
+    return config
 
 
-def run(command: WorkerConfig | InferConfig | StatusConfig | KeysConfig) -> None:
+def run(command: Config) -> None:
     """Run one parsed command; heavy libraries are imported here, so that `--help` and `keys` stay quick."""
     match command:
         case WorkerConfig():
@@ -32,17 +51,44 @@ def run(command: WorkerConfig | InferConfig | StatusConfig | KeysConfig) -> None
 
             run_worker(command)
         case InferConfig():
-            from agent.infer import run_infer
+            from agent.preflight import prepare
 
-            run_infer(command)
+            prepared = prepare(command)  # before torch is loaded: a mistake shows at once
+            with loading("loading torch"):
+                from agent.infer import run_infer
+
+            run_infer(command, prepared)
         case StatusConfig():
             from agent.status import run_status
 
             run_status(command)
+        case CheckConfig():
+            from agent.check import run_check
+
+            run_check(command)
+        case LayersConfig():
+            from agent.layers import run_layers
+
+            run_layers(command)
         case KeysConfig():
             from agent.keys import run_keys
 
             run_keys(command)
+
+
+def version() -> str:
+    """This release, and the others that device and nodes must share."""
+    libraries = ("torch", "torchvision", "timm")
+    return f"offcut {_release('offcut')} (Python {platform.python_version()}, " + (
+        ", ".join(f"{library} {_release(library)}" for library in libraries) + ")"
+    )
+
+
+def _release(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,8 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Before torch loads its thread pool: waiting threads that spin take the cores from those that compute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.path.insert(0, os.getcwd())  # package.module:factory means one of the folder that this was typed in
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given == ["--version"]:
+        print(version())
+        return
     try:
-        run(parse(arguments))
+        run(parse(given))
     except OffcutError as error:
         print(f"offcut: {error}", file=sys.stderr)
         sys.exit(1)

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from runtime.errors import ConfigError
+from runtime.types import CODECS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,24 +15,42 @@ class KeysConfig:
     """Make CURVE key pairs: one for the device, one for each node."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Where to put them; give it to `offcut worker --keys`."""
+    """Where to put them; a node gets such a folder with `offcut worker --keys`."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Names of the device and the nodes, such as: device edge0 cloud."""
 
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            ConfigError: when there is none, or one twice.
+        """
+        if not self.names:
+            raise ConfigError("expected at least one name, got none; name the device and each node: device edge0 cloud")
+        if len(set(self.names)) != len(self.names):
+            raise ConfigError(f"expected every name once, got {' '.join(self.names)}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferConfig:
-    """Run pictures through a deployment and print answers, plans and where the time went."""
+    """Run pictures through a deployment and print answers, plans and where the time went.
+
+    A row is printed as each answer comes. Times are milliseconds. total: request in to result out, `!` where that was
+    past the deadline. device, edge, cloud: computing there. up, down: transfers, towards the cloud and back. codec:
+    packing and compressing tensors. rest: queues, decision, hand-overs. outcome: remote (nodes answered), device (the
+    plan needs no node), local (the device finished what a node did not; [1] is the reason, below), failed.
+    """
 
     deployment: Annotated[Path, tyro.conf.Positional]
     """A deployment.toml."""
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """JPEG or PNG files."""
+    """JPEG or PNG files; with batch_size N in the deployment, every N of them make one request."""
 
-    policy: str = "cloud-only"
-    """Rule that picks the plan: device-only, edge-only, cloud-only, or fixed:I,J[@EDGE]."""
+    policy: str | None = None
+    """Rule that picks the plan: device-only, edge-only, cloud-only, or fixed:I,J[@EDGE] (`offcut layers` shows where to
+    cut). None takes cloud-only, or edge-only where there is no cloud."""
 
     codec: str | None = None
     """Codec of the plan: auto, raw, lossless, fp16, int8; the last two need lossless_only = false."""
@@ -48,6 +67,9 @@ class InferConfig:
     top: int = 5
     """How many of the largest outputs to print."""
 
+    json: bool = False
+    """Print one JSON object per request on standard output, and nothing else there."""
+
     def __post_init__(self) -> None:
         """Check ranges.
 
@@ -59,14 +81,86 @@ class InferConfig:
         for name in ("repeat", "top"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"expected --{name} >= 1, got {getattr(self, name)}")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ConfigError(f"expected --deadline-s > 0, got {self.deadline_s}")
+        if self.codec is not None and self.codec not in CODECS:
+            raise ConfigError(f"expected --codec among {', '.join(CODECS)}, got {self.codec!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusConfig:
-    """Show the last session of a deployment and ask its nodes how they are."""
+    """Show the last session of a deployment and ask its nodes how they are; exits with 1 when none answers.
+
+    k: how many times slower the node computes than when its model was profiled, 1.00 when idle. queue: requests that
+    wait. waits: how long a new one would. busy: share of the last seconds spent computing. rtt: round trip from here.
+    breaker: what the running session makes of the node: closed (used), open (left out), half-open (being tried).
+    """
 
     deployment: Annotated[Path, tyro.conf.Positional]
     """A deployment.toml."""
 
     timeout_s: float = 2.0
     """How long to wait for nodes."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        _check_timeout(self.timeout_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig:
+    """Check a deployment: the file, the keys, that every node answers and runs the same model; exits with 1 if not."""
+
+    deployment: Annotated[Path, tyro.conf.Positional]
+    """A deployment.toml."""
+
+    timeout_s: float = 2.0
+    """How long to wait for nodes."""
+
+    quick: bool = False
+    """Compare the names of models only: weights and torch version are compared by loading the model here."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        _check_timeout(self.timeout_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayersConfig:
+    """List the layers of a model, and what crosses the network when it is cut before each of them.
+
+    A cut before layer i is `fixed:i,i` (device, then cloud) or `fixed:i,j` (device, edge, then cloud from layer j on).
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """torchvision:NAME, timm:NAME or package.module:factory."""
+
+    batch_size: int = 1
+    """Images per request."""
+
+    encoded_bytes: int | None = None
+    """Size of one of your JPEG or PNG files, to compare with; none takes a typical camera's."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        for name in ("batch_size", "encoded_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"expected --{name.replace('_', '-')} >= 1, got {value}")
+
+
+def _check_timeout(timeout_s: float) -> None:
+    if not timeout_s > 0:
+        raise ConfigError(f"expected --timeout-s > 0, got {timeout_s}")

@@ -1,24 +1,32 @@
 """`offcut keys`."""
 
-from rich.console import Console
+import sys
 
 from agent.config import KeysConfig
 from runtime.wire.channel import create_keys
-from runtime.wire.keys import load_keys
+from runtime.wire.keys import check_new_name, load_keys
 
 
 def run_keys(config: KeysConfig) -> None:
-    """Make a key pair for each name and say what to do with them.
+    """Make a key pair for each name and say which file goes where.
+
+    Standard output holds one line per name, ready for `deployment.toml`.
 
     Raises:
-        ConfigError: when a key of that name exists.
+        ConfigError: when a name is none, or a key of that name exists; then no key is made at all.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    for name in config.names:
+        check_new_name(config.folder, name)
     for name in config.names:
         _, secret = create_keys(config.folder, name)
-        console.print(f"{name}: public key {load_keys(secret).public.decode()}", markup=False)
-    console.print(
-        f"Keep each NAME.key_secret in {config.folder} on its own machine. A worker takes the folder with --keys; write "
-        "a node's public key into deployment.toml as public_key, and the device's key_secret as secret_key.",
-        markup=False,
+        print(f'public_key = "{load_keys(secret).public.decode()}"  # {name}')
+    print(
+        f"""
+NAME.key_secret goes to its own machine and to no other. NAME.key goes to every node that NAME connects to:
+  device   needs its own key_secret (secret_key in deployment.toml) and the public_key lines of the nodes above
+  edge     needs its own key_secret, and the device's *.key
+  cloud    needs its own key_secret, the device's *.key, and the *.key of each edge that connects to it
+A node takes its folder with --keys {config.folder} and finds its own file by --name. In a shell, write public keys in
+single quotes: --connect 'cloud=tcp://HOST:7001,PUBLIC_KEY'.""",
+        file=sys.stderr,
     )

@@ -1,12 +1,17 @@
-"""Latency breakdowns as table cells, the same in every command."""
+"""Latency breakdowns as table cells, the same in every command, and the line that says that something takes long."""
+
+from contextlib import AbstractContextManager
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from runtime.types import DEVICE_NODE, LatencyBreakdown
 
 LATENCY_COLUMNS = ("total", "device", "edge", "cloud", "up", "down", "codec", "rest")
 """Milliseconds. `rest` is decision, queues and hand-overs between threads."""
+
+CELL_CHARACTERS = 6
 
 
 def make_latency_table(title: str, *columns: str) -> Table:
@@ -17,6 +22,18 @@ def make_latency_table(title: str, *columns: str) -> Table:
     for column in LATENCY_COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def latency_line(left: str, cells: tuple[str, ...] | list[str], marker: str = " ") -> str:
+    """One row of latency cells as text, for rows that are printed one by one.
+
+    Args:
+        left: what stands before the cells.
+        cells: one per latency column.
+        marker: one character behind the total.
+    """
+    total, *parts = (cell.rjust(CELL_CHARACTERS) for cell in cells)
+    return f"{left} {total}{marker}{' '.join(parts)}"
 
 
 def latency_cells(latency: LatencyBreakdown, cloud: str = "cloud") -> list[str]:
@@ -34,3 +51,8 @@ def latency_cells(latency: LatencyBreakdown, cloud: str = "cloud") -> list[str]:
 def _is_outward(link: str, cloud: str) -> bool:
     source, _, target = link.partition(">")
     return source == DEVICE_NODE or target == cloud
+
+
+def loading(what: str) -> AbstractContextManager[object]:
+    """Say on a terminal what takes seconds now; standard output stays as it is, for pipes."""
+    return Console(stderr=True, highlight=False).status(f"{what} ...")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.errors import InputError
-from runtime.model import inputs
+from runtime.model import encoded
+from runtime.model.encoded import MAX_PIXELS
 from runtime.model.graph import LayerGraph, trace
 from runtime.model.inputs import (
     IMAGE_VALUE,
-    MAX_PIXELS,
     admit,
     decode,
     find_input,
@@ -251,7 +251,7 @@ def test_a_model_without_preprocessing_takes_no_pictures(tensor_spec: GraphSpec)
 def test_a_file_above_the_cap_is_refused_before_it_is_read_whole(
     spec: GraphSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "MAX_ENCODED_BYTES", 1000)
+    monkeypatch.setattr(encoded, "MAX_ENCODED_BYTES", 1000)
     path = tmp_path / "large.jpg"
     path.write_bytes(sample_file(seed=0))
     with pytest.raises(InputError, match="at most 1000 bytes"):

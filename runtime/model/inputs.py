@@ -7,15 +7,14 @@
 - `tensor`: the model's input itself.
 
 The result is bit-equal to torchvision's own transforms: resize of the shorter side and centre crop by PIL, then scaling
-and normalisation in float32. As there, EXIF rotation is not applied.
+and normalisation in float32. As there, EXIF rotation is not applied, and transparency is dropped, not composited: apply
+`PIL.ImageOps.exif_transpose` or `Image.alpha_composite` first and pass the picture. Differs: grey PNGs of 16 bits are
+scaled to 8; torchvision's `convert("RGB")` clips them, which leaves them nearly white.
 """
 
-import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +22,13 @@ import torch
 from PIL import Image
 
 from runtime.errors import InputError
+from runtime.model.encoded import BROKEN, MAX_PIXELS, open_image, read_file
 from runtime.model.samples import sample_file
 from runtime.types import GraphSpec, Preprocessing, ValueSpec
 
 IMAGE_VALUE = "input.image"
 """Name of the value between decode and normalise."""
 
-MAX_PIXELS = 64_000_000
-"""Cap of an encoded image's size, read from its header before memory is taken: above any camera of a robot."""
-
-MAX_ENCODED_BYTES = 64 * 1024 * 1024
-"""Cap of an encoded image's bytes."""
-
-_FORMATS = ("JPEG", "PNG")
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -44,9 +37,6 @@ _FILTERS = {
 }
 INTERPOLATIONS = tuple(_FILTERS)
 """What `Preprocessing.interpolation` may be."""
-
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""What PIL raises on a file that is no image, or a broken one. `UnidentifiedImageError` is an `OSError`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +86,7 @@ def admit(graph: GraphSpec, x: Any) -> Admitted:
         items = list(x) if isinstance(x, (list, tuple)) else [x]
     picture = _check_batch(graph, x, items)
     if all(isinstance(item, (str, PathLike, bytes, bytearray, memoryview)) for item in items):
-        files = [_read_file(item) for item in items]
+        files = [read_file(item) for item in items]
         return _admitted("encoded", {encoded_value(i): _bytes_tensor(file) for i, file in enumerate(files)})
     pixels = torch.stack([_fit(picture, item) for item in items])
     return _admitted("image", {IMAGE_VALUE: pixels})
@@ -166,47 +156,6 @@ def _check_batch(graph: GraphSpec, x: Any, items: Sequence[Any]) -> Preprocessin
     return graph.preprocessing
 
 
-# --- encoded images ---------------------------------------------------------------------------------------------------
-
-
-def _read_file(item: str | PathLike[str] | bytes | bytearray | memoryview) -> bytes:
-    """Read an encoded image and check its header; the pixels are decoded later, where the plan says."""
-    if isinstance(item, (str, PathLike)):
-        label = str(item)
-        try:
-            with Path(item).open("rb") as file:
-                data = file.read(MAX_ENCODED_BYTES + 1)
-        except OSError as error:
-            raise InputError(f"cannot read the image {label}: {error.strerror or error}") from error
-    else:
-        label, data = "the bytes given", bytes(item)
-    if len(data) > MAX_ENCODED_BYTES:
-        raise InputError(f"expected an image file of at most {MAX_ENCODED_BYTES} bytes, {label} has more")
-    _open_image(data, label).close()
-    return data
-
-
-def _open_image(data: bytes, label: str) -> Image.Image:
-    """Read an image's header and check its size.
-
-    Raises:
-        InputError: when it is no JPEG or PNG, or larger than the cap.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except _BROKEN as error:
-        raise InputError(
-            f"expected a JPEG or PNG image, {label} is none ({type(error).__name__}); pass a path or the bytes of one, "
-            "or decode it yourself and pass uint8 pixels"
-        ) from error
-    if math.prod(image.size) > MAX_PIXELS:
-        raise InputError(
-            f"expected an image of at most {MAX_PIXELS} pixels, {label} has {image.size[0]} x {image.size[1]}; "
-            "scale it down first"
-        )
-    return image
-
-
 def _bytes_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -233,12 +182,11 @@ def _fit(picture: Preprocessing, item: Any) -> torch.Tensor:
 
 def _resize_and_crop(picture: Preprocessing, image: Image.Image) -> torch.Tensor:
     """Resize the shorter side, then crop the centre; black where the crop is larger."""
-    try:
-        image = image.convert("RGB")
-    except _BROKEN as error:
-        raise InputError(f"cannot decode the image: {error}; it is broken or cut short") from error
+    image = _to_rgb(image)
     width, height = image.size
     short, long = sorted((width, height))
+    if short == 0:
+        raise InputError(f"expected an image, got an empty one of {width} x {height} pixels; check where it comes from")
     other = int(picture.resize * long / short)
     if other * picture.resize > MAX_PIXELS:
         raise InputError(f"expected an image, got a line of {width} x {height} pixels; crop it first")
@@ -246,6 +194,23 @@ def _resize_and_crop(picture: Preprocessing, image: Image.Image) -> torch.Tensor
     if size != image.size:
         image = image.resize(size, _FILTERS[picture.interpolation])
     return _crop_centre(np.asarray(image), picture.height, picture.width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Make 8-bit RGB of any mode whose range is known."""
+    is_grey16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if not is_grey16 and image.mode in ("I", "F"):
+        raise InputError(
+            f"expected a picture of 8 or 16 bits, got a PIL image of mode {image.mode}, whose range is not known; scale "
+            "it to uint8 first"
+        )
+    try:
+        if is_grey16:
+            grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 becomes 255, the rest is rounded
+            image = Image.fromarray(grey.astype(np.uint8))
+        return image.convert("RGB")
+    except BROKEN as error:
+        raise InputError(f"cannot decode the image: {error}; it is broken or cut short") from error
 
 
 def _crop_centre(pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
@@ -275,7 +240,7 @@ def decode(picture: Preprocessing, *encoded: torch.Tensor) -> torch.Tensor:
     """
     images = []
     for index, file in enumerate(encoded):
-        with _open_image(file.cpu().numpy().tobytes(), f"item {index} of the batch") as image:
+        with open_image(file.cpu().numpy().tobytes(), f"item {index} of the batch") as image:
             images.append(_resize_and_crop(picture, image))
     return torch.stack(images)
 

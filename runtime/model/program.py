@@ -4,7 +4,10 @@ Nothing here looks at values: `observe.py` runs the program once, `aliasing.py` 
 groups it.
 """
 
+import contextlib
 import inspect
+import io
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from runtime.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 WAY_OUT = (
     "wrap the model in a factory (package.module:factory) that replaces or leaves out this part, for example with "
@@ -103,12 +108,27 @@ def export(module: nn.Module, example: torch.Tensor) -> ExportedProgram:
     """
     _check_signature(module)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet_torch():
             return torch.export.export(module, (example,), strict=False)
     except Exception as error:
         where = _find_layer(module, error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"torch.export cannot trace this model: {where}: {reason}; {WAY_OUT}") from error
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Keep what torch.export prints and logs on failure, a page of its internals, out of the user's terminal."""
+    torch_logger = logging.getLogger("torch")
+    handlers, printed = torch_logger.handlers, io.StringIO()
+    torch_logger.handlers = [logging.StreamHandler(printed)]
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    finally:
+        torch_logger.handlers = handlers
+        if printed.getvalue():
+            logger.debug("torch.export said: %s", printed.getvalue())
 
 
 def _check_signature(module: nn.Module) -> None:

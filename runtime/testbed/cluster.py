@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import shutil
 import signal
 import tempfile
@@ -118,6 +119,8 @@ class Cluster:
             for name in relays:
                 self.relays[name] = Relay(f"relay-{name}", self._addresses[name], self.folder)
         except BaseException:
+            for process in self._processes.values():
+                process.kill()  # there is nothing to drain, and one that loads its model hears no request to stop
             self.stop()
             raise
         nodes = tuple(
@@ -223,7 +226,7 @@ class Cluster:
         onward: tuple[str, ...] = ()
         if has_cloud:
             self._launch(_Node("cloud", Tier.CLOUD, base), "tcp://127.0.0.1:*")
-            self._addresses["cloud"] = self._processes["cloud"].wait_line("BOUND", READY_S)
+            self._addresses["cloud"] = self._wait_line("cloud", "BOUND")
             onward = ("--connect", f"cloud={self._addresses['cloud']}")
         for name in edges:
             self._launch(_Node(name, Tier.EDGE, (*base, *onward)), "tcp://127.0.0.1:*")
@@ -236,5 +239,22 @@ class Cluster:
         self._processes[node.name] = ManagedProcess(node.name, "runtime.node", arguments, self.folder)
 
     def _await(self, name: str) -> None:
-        self._addresses[name] = self._processes[name].wait_line("READY", READY_S)
+        self._addresses[name] = self._wait_line(name, "READY")
         logger.debug("%s is ready at %s", name, self._addresses[name])
+
+    def _wait_line(self, name: str, prefix: str) -> str:
+        """Wait for a line of a worker; one that ends with an error of ours is quoted by that error alone."""
+        process = self._processes[name]
+        try:
+            return process.wait_line(prefix, READY_S)
+        except ClusterError as error:
+            reason = _own_error(process.tail())
+            if reason is None:
+                raise
+            raise ClusterError(f"{name} could not start: {reason}") from error
+
+
+def _own_error(log: str) -> str | None:
+    """The message of the error of ours that a worker's log ends with, if it does."""
+    found = re.search(r"^runtime\.errors\.\w+: (?P<text>.*)\Z", log, flags=re.MULTILINE | re.DOTALL)
+    return found["text"].strip() if found else None

@@ -40,6 +40,23 @@ def check_key(key: bytes, what: str) -> None:
         raise ConfigError(f"expected 40 characters of Z85 as {what}, got {len(key)} bytes; copy it from a *.key file")
 
 
+def check_new_name(folder: Path, name: str) -> None:
+    """Check that a key pair may be made under a name.
+
+    Raises:
+        ConfigError: if the name is none, or a key of that name exists: an old key is never overwritten.
+    """
+    if not re.fullmatch(r"[\w.\-]+", name):
+        raise ConfigError(f"expected a key name of letters, digits, '.', '-' and '_', got {name!r}")
+    for path in _paths(folder, name):
+        if path.exists():
+            raise ConfigError(f"{path} exists; choose another name, or remove it if no machine uses it any more")
+
+
+def _paths(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / f"{name}.key", folder / f"{name}.key_secret"
+
+
 def write_keys(folder: Path, name: str, keys: Keys) -> tuple[Path, Path]:
     """Write a key pair as NAME.key and NAME.key_secret; only the owner may read the second.
 
@@ -47,14 +64,10 @@ def write_keys(folder: Path, name: str, keys: Keys) -> tuple[Path, Path]:
         The public and the secret file.
 
     Raises:
-        ConfigError: if either file exists (an old key is never overwritten) or cannot be written.
+        ConfigError: as `check_new_name`, or the files cannot be written.
     """
-    if not re.fullmatch(r"[\w.\-]+", name):
-        raise ConfigError(f"expected a key name of letters, digits, '.', '-' and '_', got {name!r}")
-    public, secret = folder / f"{name}.key", folder / f"{name}.key_secret"
-    for path in (public, secret):
-        if path.exists():
-            raise ConfigError(f"{path} exists; choose another name, or remove it if no machine uses it any more")
+    check_new_name(folder, name)
+    public, secret = _paths(folder, name)
     title = "# ZeroMQ CURVE {} key, made by offcut\n\ncurve\n"
     lines = f'    public-key = "{keys.public.decode()}"\n'  # apart from the title: Z85 has braces of its own
     try:
