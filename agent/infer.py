@@ -70,9 +70,10 @@ def run_infer(config: InferConfig, prepared: Prepared) -> None:
                     rows.append(row.without_output())
         finally:  # also after Ctrl-C: what has run stands
             printer.finish(rows, rows[-len(requests) :])
-    failed = [row.error for row in rows if row.error is not None]
+    failed = [(row.files, row.error) for row in rows if row.error is not None]
     if failed:
-        raise type(failed[0])(f"{len(failed)} of {len(rows)} request(s) failed; the first one: {failed[0]}")
+        files, error = failed[0]
+        raise type(error)(f"{len(failed)} of {len(rows)} request(s) failed; the first one, {_name(files)}: {error}")
 
 
 # --- one request ------------------------------------------------------------------------------------------------------

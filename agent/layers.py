@@ -14,6 +14,13 @@ from runtime.planning.problem import find_route
 from runtime.types import INPUT_KINDS, GraphSpec, Plan
 
 
+GUESSED = " (a typical camera's; --encoded-bytes takes yours)"
+
+LEGEND = """makes: bytes of the layer's outputs. cut sends: bytes that cross when this layer and all after it run elsewhere,
+before any codec; where a value skips over layers, it crosses too. less than: the smallest input that is larger.
+To cut before layer i: offcut infer ... --policy fixed:i,i"""
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """The place before one layer."""
@@ -29,20 +36,18 @@ def run_layers(config: LayersConfig) -> None:
     Raises:
         ModelError: when the model cannot be found, built or traced.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     with loading(f"loading and tracing {config.model}"):
         graph = trace(load_model(config.model, batch_size=config.batch_size)).spec
     inputs = input_bytes(graph, config.encoded_bytes)
     cuts = find_cuts(graph, inputs)
-    console.print(_table(config.model, graph, cuts))
+    console.print(_table(config.model, graph, cuts), soft_wrap=False)
     for kind, nbytes in inputs.items():
-        console.print(_describe_input(graph, kind, nbytes, cuts))
-    console.print(
-        f"{graph.num_layers} layers, the input stage included. makes: bytes of the layer's outputs. cut sends: raw "
-        "bytes that cross when this layer\nand all after it run on the next tier (skips included); codecs may shrink "
-        "them. Cut before layer i: --policy fixed:i,i",
-        soft_wrap=True,
-    )
+        guessed = GUESSED if kind == "encoded" and config.encoded_bytes is None else ""
+        console.print(
+            f"{kind} enters at layer {graph.entry(kind)}, {nbytes:,} bytes{guessed}; {_smaller(graph, nbytes, cuts)}"
+        )
+    console.print(LEGEND)
 
 
 def input_bytes(graph: GraphSpec, encoded_bytes: int | None = None) -> dict[str, int]:
@@ -94,11 +99,10 @@ def _table(title: str, graph: GraphSpec, cuts: list[Cut]) -> Table:
     return table
 
 
-def _describe_input(graph: GraphSpec, kind: str, nbytes: int, cuts: list[Cut]) -> str:
+def _smaller(graph: GraphSpec, nbytes: int, cuts: list[Cut]) -> str:
+    """The cuts of the model proper that send less than so many bytes."""
     smaller = [cut.layer for cut in cuts if cut.layer > graph.entry("tensor") and cut.sends_bytes < nbytes]
-    where = _ranges(smaller) if smaller else "none; sending the input itself is the cheapest cut"
-    typical = " (typical; --encoded-bytes sets yours)" if kind == "encoded" else ""
-    return f"{kind} enters at layer {graph.entry(kind)} with {nbytes:,} bytes{typical}; cuts that send less: {where}"
+    return f"cuts that send less: {f'before layer {_ranges(smaller)}' if smaller else 'none'}"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -12,6 +12,8 @@ import pytest
 from agent.cli import parse
 from agent.demo import sample_photo
 from runtime.deployment import load_deployment
+from runtime.node.config import NextNode, WorkerConfig
+from runtime.testbed.cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +46,42 @@ def test_the_deployment_file_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "deployment.toml"
     path.write_text(text)
     assert [node.name for node in load_deployment(path).nodes] == ["edge0", "cloud"]
+
+
+def test_the_workers_and_the_deployment_file_agree(tmp_path: Path) -> None:
+    [text] = blocks("toml")
+    (tmp_path / "deployment.toml").write_text(text)
+    deployment = load_deployment(tmp_path / "deployment.toml")
+    workers = {config.name: config for config in map(parse, commands("offcut")) if isinstance(config, WorkerConfig)}
+    assert set(workers) == {node.name for node in deployment.nodes}
+    for node in deployment.nodes:
+        worker = workers[node.name]
+        assert (worker.tier, worker.model) == (node.tier.label, (deployment.model.spec,))
+        assert str(tmp_path / str(worker.weights)) == deployment.model.weights
+        assert worker.bind.rpartition(":")[2] == node.address.rpartition(":")[2]
+    cloud = deployment.node("cloud")
+    assert cloud.public_key is not None
+    assert workers["edge0"].next_nodes() == {"cloud": NextNode(cloud.address, cloud.public_key.encode())}
+
+
+@pytest.mark.integration
+def test_a_model_of_ones_own_and_the_second_example_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factory = next(block for block in blocks("python") if "def small" in block)
+    example = next(block for block in blocks("python") if "runtime.connect" in block)
+    (tmp_path / "mynet.py").write_text(factory)
+    shutil.copy(sample_photo(), tmp_path / "frame.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Cluster.local("mynet:small", edges=0) as cluster:
+        [cloud] = cluster.deployment.nodes
+        (tmp_path / "deployment.toml").write_text(
+            f'model.spec = "mynet:small"\nconstraints.deadline_s = 60\n[[node]]\nname = "cloud"\ntier = "cloud"\n'
+            f'address = "{cloud.address}"\n'
+        )
+        exec(compile(example, "example.py", "exec"), {"__name__": "__main__"})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["remote"] * 3
 
 
 @pytest.mark.integration

@@ -195,6 +195,29 @@ def test_preprocessing_is_bit_equal_to_timms_own(name: str) -> None:
         assert torch.equal(ours[0], transforms(image)), size
 
 
+def grey16(values: np.ndarray) -> bytes:
+    return encode(Image.fromarray(values.astype(np.uint16)))
+
+
+def test_grey_of_16_bits_is_scaled_not_clipped(spec: GraphSpec) -> None:
+    assert spec.preprocessing is not None
+    fine = np.linspace(0, 65535, 36 * 36).reshape(36, 36).astype(np.uint16)
+    coarse = np.rint(fine / 257).astype(np.uint8)
+    expected = decode(spec.preprocessing, _bytes(encode(Image.fromarray(coarse))))
+    assert torch.equal(decode(spec.preprocessing, _bytes(grey16(fine))), expected)
+    assert torch.equal(admit(spec, Image.fromarray(fine)).values[IMAGE_VALUE], expected)
+    assert 100 < expected.float().mean() < 155
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_dropped_as_torchvision_drops_it(spec: GraphSpec, mode: str) -> None:
+    assert spec.preprocessing is not None
+    image = picture(40, 40).convert(mode)
+    image.putalpha(Image.effect_noise((40, 40), 90.0))
+    plain = encode(image.convert("RGB"))
+    assert torch.equal(decode(spec.preprocessing, _bytes(encode(image))), decode(spec.preprocessing, _bytes(plain)))
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +247,11 @@ def bomb(width: int, height: int) -> bytes:
         (np.zeros((2, 32, 32, 3), np.uint8), r"expected 1 image\(s\), the batch size of the model, got 2"),
         ([], r"expected 1 image\(s\).*got 0"),
         (np.array(["a"]), "expected an array of numbers"),
+        (np.zeros((0, 0, 3), np.uint8), "an empty one of 0 x 0 pixels"),
+        (np.zeros((0, 5, 3), np.uint8), "an empty one of 5 x 0 pixels"),
+        (Image.new("RGB", (0, 4)), "an empty one of 0 x 4 pixels"),
+        (Image.new("F", (40, 40)), "mode F, whose range is not known"),
+        (Image.new("I", (40, 40)), "mode I, whose range is not known"),
         (7, "expected a JPEG or PNG .* got int"),
         (None, "got NoneType"),
         (Image.fromarray(np.zeros((1, 60000, 3), np.uint8)), "a line of 60000 x 1 pixels"),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import ConfigError
-from runtime.wire.keys import Keys, load_authorised, load_keys, load_public_key, write_keys
+from runtime.wire.keys import Keys, check_new_name, load_authorised, load_keys, load_public_key, write_keys
 
 Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
 KEY = st.text(Z85, min_size=40, max_size=40).map(str.encode)
@@ -41,3 +41,11 @@ def test_a_folder_with_several_secrets_asks_which(tmp_path: Path) -> None:
         write_keys(tmp_path, name, Keys(b"a" * 40, b"b" * 40))
     with pytest.raises(ConfigError, match="name the file itself"):
         load_keys(tmp_path)
+
+
+def test_a_name_is_checked_without_making_anything(tmp_path: Path) -> None:
+    for name in ("", "a/b", "a b"):
+        with pytest.raises(ConfigError, match="letters, digits"):
+            check_new_name(tmp_path / "new", name)
+    check_new_name(tmp_path / "new", "edge0")
+    assert not (tmp_path / "new").exists()

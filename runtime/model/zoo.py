@@ -98,6 +98,21 @@ def load_model(
     )
 
 
+def check_library_name(spec: str) -> None:
+    """Check, without building it, that a library has the model of a spec; a factory is not looked for.
+
+    Raises:
+        ModelError: when the library is not installed, or has no such model; with the nearest that it has.
+    """
+    source, name = _split_spec(spec)
+    if source == "torchvision":
+        _check_name(source, name, _import_library(source).models.list_models())
+    elif source == "timm":
+        models = _import_library(source).models
+        name = models.get_deprecated_models().get(name) or name
+        _check_name(source, name.partition(".")[0], models.list_models())
+
+
 def _condition(spec: str, module: nn.Module, batch: torch.Tensor) -> None:
     try:
         condition(module, batch)

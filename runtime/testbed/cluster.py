@@ -16,7 +16,8 @@ import msgspec
 
 from runtime.deployment import Deployment, ModelConfig, NodeConfig
 from runtime.device.session import Session
-from runtime.errors import ClusterError
+from runtime.errors import ClusterError, ModelError
+from runtime.model.zoo import check_library_name
 from runtime.planning.policies.registry import PolicySpec
 from runtime.testbed.process import ManagedProcess
 from runtime.testbed.rate import LinkShape
@@ -218,6 +219,7 @@ class Cluster:
 
     def _start(self, model: ModelConfig, edges: tuple[str, ...], has_cloud: bool, options: tuple[str, ...]) -> None:
         """Start all nodes at once: an edge needs the cloud's address, which is known long before its model is loaded."""
+        _check_name(model.spec)
         base = (
             *("--model", model.spec, "--seed", str(model.seed)),
             *(() if model.weights is None else ("--weights", model.weights)),
@@ -252,6 +254,14 @@ class Cluster:
             if reason is None:
                 raise
             raise ClusterError(f"{name} could not start: {reason}") from error
+
+
+def _check_name(spec: str) -> None:
+    """Tell a misspelt name at once, not when a worker has loaded its libraries; sessions here load the same ones."""
+    try:
+        check_library_name(spec)
+    except ModelError as error:
+        raise ClusterError(f"no node can start: {error}") from error
 
 
 def _own_error(log: str) -> str | None:
