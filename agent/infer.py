@@ -173,8 +173,8 @@ class _Table:
                 self._print(f"{path.name}: {answer}")
             if row.verdict is not None:
                 is_equal, difference = row.verdict
-                verdict = "bit-equal to" if is_equal else f"largest difference {difference:.3g} from"
-                self._print(f"{_name(row.files)}: {verdict} the whole model")
+                difference_text = f"largest difference from the whole model {difference:.3g}"
+                self._print(f"{_name(row.files)}: {'bit-equal to the whole model' if is_equal else difference_text}")
         if rows:
             self._print(summarise(rows))
 

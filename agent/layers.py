@@ -13,7 +13,6 @@ from runtime.model.zoo import load_model
 from runtime.planning.problem import find_route
 from runtime.types import INPUT_KINDS, GraphSpec, Plan
 
-
 GUESSED = " (a typical camera's; --encoded-bytes takes yours)"
 
 LEGEND = """makes: bytes of the layer's outputs. cut sends: bytes that cross when this layer and all after it run elsewhere,
