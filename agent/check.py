@@ -103,6 +103,9 @@ def check_node(deployment: Deployment, node: NodeConfig, answer: NodeAnswer) -> 
         yield Finding("WRONG", node.name, text)
     else:
         yield Finding("ok", node.name, f"{answer.state}, runs {deployment.model.spec}, rtt {answer.rtt_s * 1e3:.1f} ms")
+    if welcome.threads != 1:
+        text = f"it runs {welcome.threads} torch threads, a session 1: outputs agree within rounding, not bit for bit"
+        yield Finding("note", node.name, text)
     if welcome.node != node.name:
         yield Finding("note", node.name, f"it calls itself {welcome.node}; --name {node.name} makes its tables agree")
     is_alone = answer.status is not None and not answer.status.peers

@@ -56,7 +56,8 @@ class InferConfig:
     """Codec of the plan: auto, raw, lossless, fp16, int8; the last two need lossless_only = false."""
 
     deadline_s: float | None = None
-    """Seconds each request has; none takes the deployment's, or three times the predicted device-only time."""
+    """Seconds each request has; none takes the deployment's, or three times the predicted device-only time (at least
+    50 ms and two round trips)."""
 
     repeat: int = 1
     """Run the inputs this many times: the first use of a plan pays for building its segments."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -60,6 +61,8 @@ def run_infer(config: InferConfig, prepared: Prepared) -> None:
         session = Session(deployment, policy, log_folder=default_log_folder(config.deployment))
     rows: list[Row] = []
     with session:
+        for why in session.unusable.values():
+            sys.stderr.write(f"offcut: {why}; see `offcut check {config.deployment}`\n")
         whole = _load_whole(deployment) if config.verify else None
         try:
             for turn in range(config.repeat):
@@ -218,7 +221,8 @@ class _JsonLines:
 
     def show(self, row: Row) -> None:
         """Print one request."""
-        print(json.dumps(to_record(row, self._top)), flush=True)
+        sys.stdout.write(json.dumps(to_record(row, self._top)) + "\n")
+        sys.stdout.flush()  # a program may be reading
 
     def finish(self, rows: Sequence[Row], last_turn: Sequence[Row]) -> None:
         """Print nothing more."""

@@ -19,14 +19,15 @@ def run_keys(config: KeysConfig) -> None:
         check_new_name(config.folder, name)
     for name in config.names:
         _, secret = create_keys(config.folder, name)
-        print(f'public_key = "{load_keys(secret).public.decode()}"  # {name}')
-    print(
+        sys.stdout.write(f'public_key = "{load_keys(secret).public.decode()}"  # {name}\n')
+    sys.stdout.flush()  # before what follows, where both are one terminal
+    sys.stderr.write(
         f"""
 NAME.key_secret goes to its own machine and to no other. NAME.key goes to every node that NAME connects to:
   device   needs its own key_secret (secret_key in deployment.toml) and the public_key lines of the nodes above
   edge     needs its own key_secret, and the device's *.key
   cloud    needs its own key_secret, the device's *.key, and the *.key of each edge that connects to it
 A node takes its folder with --keys {config.folder} and finds its own file by --name. In a shell, write public keys in
-single quotes: --connect 'cloud=tcp://HOST:7001,PUBLIC_KEY'.""",
-        file=sys.stderr,
+single quotes: --connect 'cloud=tcp://HOST:7001,PUBLIC_KEY'.
+"""
     )
