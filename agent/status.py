@@ -43,7 +43,7 @@ def run_status(config: StatusConfig) -> None:
     console.print(_node_table(deployment, answers, session.get("breakers", {}) if session.get("is_running") else {}))
     for name, answer in answers.items():
         if answer.problem:
-            console.print(f"{name}: {answer.problem}", markup=False)
+            console.print(f"{name}: {answer.problem}", markup=False, soft_wrap=True)
     if all(answer.welcome is None for answer in answers.values()):
         raise PeerTimeout(
             f"none of the nodes of {config.deployment} answers; start them with `offcut worker`, "
