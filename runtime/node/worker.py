@@ -5,9 +5,7 @@ The loop turns what the hub and the executor report into events for `NodeMachine
 
 import dataclasses
 import logging
-import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -18,6 +16,7 @@ import msgspec
 import torch
 
 from runtime.errors import ConfigError, OffcutError, PlanError
+from runtime.node.commands import listen
 from runtime.node.config import NextNode, WorkerConfig
 from runtime.node.emulation import Emulator
 from runtime.node.executor import Done, Executor
@@ -451,21 +450,17 @@ def explain_failure(error: Exception) -> tuple[str, bool]:
 
 
 def _listen_to_input(worker: Worker) -> None:
-    """Carry out commands, and end with the parent: the pipe on standard input closes whatever kills it."""
-    rest = b""
-    while part := os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.read: its lock would be held at the end
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            print(_answer(worker, line), flush=True)
+    """Carry out commands, and end with the parent."""
+
+    def answer(line: bytes) -> str:
+        try:
+            worker.obey(msgspec.json.decode(line, type=Command))
+        except (msgspec.MsgspecError, ConfigError) as error:
+            return f"ERROR {error}"
+        return "OK"
+
+    listen(answer)
     worker.stop()
-
-
-def _answer(worker: Worker, line: bytes) -> str:
-    try:
-        worker.obey(msgspec.json.decode(line, type=Command))
-    except (msgspec.MsgspecError, ConfigError) as error:
-        return f"ERROR {error}"
-    return "OK"
 
 
 def run_worker(config: WorkerConfig) -> None:
