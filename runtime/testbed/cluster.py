@@ -276,16 +276,24 @@ class Cluster:
                 self._processes[name].command(msgspec.json.encode({"contention": contention}).decode())
             self._contention[name] = contention
 
+    def start_load(self, name: str) -> Load:
+        """Start the process of a node's background requests, if it does not run; it sends none yet.
+
+        Raises:
+            ClusterError: when it did not start.
+        """
+        with self._gates[name]:
+            if name not in self._loads:
+                self._loads[name] = Load(f"load-{name}", self._addresses[name], self._model.spec, self.folder)
+            return self._loads[name]
+
     def set_load(self, name: str, shape: LoadShape) -> None:
         """Send background requests to a node from now on, past its links; `LoadShape()` ends them.
 
         Raises:
             ClusterError: when the load's process did not start.
         """
-        with self._gates[name]:
-            if name not in self._loads:
-                self._loads[name] = Load(f"load-{name}", self._addresses[name], self._model.spec, self.folder)
-            self._loads[name].set_shape(shape)
+        self.start_load(name).set_shape(shape)
 
     def load_report(self, name: str) -> LoadReport:
         """What became of a node's background requests since the last report."""
@@ -315,6 +323,12 @@ class Cluster:
 
     def _start(self, model: ModelConfig, edges: tuple[str, ...], cloud: str | None, options: tuple[str, ...]) -> None:
         """Start all nodes at once: an edge needs the cloud's address, which is known long before its model is loaded."""
+        nodes = (*edges, *(() if cloud is None else (cloud,)))
+        possible = {(DEVICE_NODE, name) for name in nodes} | {(name, cloud) for name in edges if cloud is not None}
+        if unknown := self._wanted - possible:
+            raise ConfigError(f"expected links among {sorted(possible)}, got {sorted(unknown)}; the nearer end first")
+        if unknown_nodes := self._emulate.keys() - {DEVICE_NODE, *nodes}:
+            raise ConfigError(f"expected nodes to emulate among {[DEVICE_NODE, *nodes]}, got {sorted(unknown_nodes)}")
         base = (
             *("--model", model.spec, "--seed", str(model.seed)),
             *(() if model.weights is None else ("--weights", model.weights)),
@@ -330,8 +344,6 @@ class Cluster:
             self._await(name)
         for name in self._nodes:
             self._route(DEVICE_NODE, name)
-        if unknown := self._wanted - self._relays.keys():
-            raise ConfigError(f"expected links among the device, {', '.join(self._nodes)}, got {sorted(unknown)}")
 
     def _pace(self, name: str) -> tuple[str, ...]:
         """The part of a worker's command line that says what it pretends to be."""

@@ -1,6 +1,5 @@
 """What happens to a cluster and when: link shapes, contention, load, failures, carried out on a clock of their own."""
 
-import bisect
 import math
 import threading
 import time
@@ -123,10 +122,6 @@ class Timeline:
                 raise ConfigError(f"expected at_s to be a number of at least 0, got {event.at_s!r} for {event.action}")
         object.__setattr__(self, "events", tuple(sorted(self.events, key=lambda event: event.at_s)))
 
-    def until(self, at_s: float) -> tuple[Event, ...]:
-        """The events up to an instant, that one included."""
-        return self.events[: bisect.bisect_right([event.at_s for event in self.events], at_s)]
-
 
 @dataclass(eq=False)
 class Player:
@@ -156,7 +151,9 @@ class Player:
         self.close()
 
     def start(self) -> None:
-        """Let the clock run from 0."""
+        """Start the processes of the loads, which takes a while, and let the clock run from 0."""
+        for node in {event.action.node for event in self.timeline.events if isinstance(event.action, SetLoad)}:
+            self.cluster.start_load(node)
         self._began_at_s = time.perf_counter()
         self._thread = threading.Thread(target=self._run, name="offcut-timeline", daemon=True)
         self._thread.start()
