@@ -19,7 +19,7 @@ setup: $(STAMP)  ## Make .venv and install what constraints.txt pins (minutes on
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[zoo,demo,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[zoo,demo,train,dev]"
 	touch $@
 
 check: setup  ## Format, lint, types, import contracts

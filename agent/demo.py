@@ -1,10 +1,15 @@
-"""The demo: a photograph through one network on a device, two edge nodes and a cloud, under several plans.
+"""The demo: one network on a weak device, two edge nodes and a cloud, while everything changes.
 
-Everything runs on this machine, each node in a process of its own, over ZeroMQ on loopback. Nothing is emulated: the
-nodes are equally fast and the links are not shaped, so the table shows that every plan gives the same output, and what
-splitting costs by itself, not which plan is best in the field.
+Five phases: all is well, the uplinks collapse, an edge node is loaded, it is killed in the middle of a request, it is
+back. In each the same photograph goes through the network under every rule in turn, so that all meet the same
+conditions. Every node is a real process, every request is really computed, coded and sent; speeds and links are
+emulated, as the table says.
 """
 
+import statistics
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,26 +17,50 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.live import Live
+from rich.table import Table
 
 from agent.infer import output_error
+from agent.report import Sample, plot_timeline, write_tensorboard
 from agent.tables import latency_cells, make_latency_table
+from runtime.deployment import ModelConfig
 from runtime.device.session import InferenceResult, Session
 from runtime.errors import ConfigError
-from runtime.model.graph import LayerGraph, trace
+from runtime.model.graph import trace
 from runtime.model.inputs import admit, run_input_stage
-from runtime.model.zoo import Model, load_model
-from runtime.planning.policies.registry import load_policy
+from runtime.model.zoo import load_model
+from runtime.planning.policies.registry import PolicySpec, load_policy
+from runtime.presets import LinkConfig, LinkEmulation, NodeEmulation
+from runtime.testbed.arrivals import LoadShape
 from runtime.testbed.cluster import Cluster
-from runtime.types import Plan
+from runtime.testbed.rate import LinkShape
+from runtime.types import DEVICE_NODE, GraphSpec
 
-DEADLINE_S = 60.0
-"""Far away: the demo shows the plans, not local completion."""
+SPEEDS = {DEVICE_NODE: 3.0, "edge0": 1.5, "edge1": 2.0, "cloud": 1.2}
+"""Times slower than one idle thread of this machine. The ratios are an example's, not a product's."""
+
+LINKS = {
+    (DEVICE_NODE, "edge0"): (40e6, 0.002),
+    (DEVICE_NODE, "edge1"): (40e6, 0.002),
+    (DEVICE_NODE, "cloud"): (12e6, 0.020),
+    ("edge0", "cloud"): (100e6, 0.010),
+    ("edge1", "cloud"): (100e6, 0.010),
+}
+"""Rate in bit/s and one-way delay of every link: a good Wi-Fi, a home's uplink, an office's."""
+
+COLLAPSED_BPS = 1e6
+CONTENTION = 3.0
+LOAD_HZ = 1.0
+KILL_AFTER_S = 0.1
+"""Into the first request of its phase."""
+
+DEADLINE_S = 2.0
+BACK_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """Send a photograph through a network that is split over four processes on this machine."""
+    """Watch a split network while links and nodes come and go, all on this machine."""
 
     model: str = "torchvision:resnet50"
     """Model to run."""
@@ -39,11 +68,14 @@ class DemoConfig:
     photo: Path | None = None
     """A JPEG or PNG; none takes a photograph that scikit-learn ships."""
 
-    repeat: int = 5
-    """Timed requests per plan, after one that warms it up; the row shows the one in the middle."""
+    repeat: int = 4
+    """Requests per rule and phase."""
+
+    out: Path = Path("runs/demo")
+    """Folder for the timeline (PNG) and the TensorBoard logs; what an earlier demo left there is replaced."""
 
     quick: bool = False
-    """A small model and one request per plan: shows that everything works, in half a minute."""
+    """A small model and one request per rule and phase: shows that everything works, in half a minute."""
 
     def __post_init__(self) -> None:
         """Apply `quick`.
@@ -58,8 +90,16 @@ class DemoConfig:
             object.__setattr__(self, "repeat", 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What changes when it begins."""
+
+    name: str
+    begin: Callable[[Cluster, Session], None]
+
+
 def run_demo(config: DemoConfig) -> bool:
-    """Run the demo and print its table.
+    """Run the demo and print its tables.
 
     Returns:
         Whether every output equals the whole model's.
@@ -68,19 +108,33 @@ def run_demo(config: DemoConfig) -> bool:
     console = Console()
     photo = config.photo or sample_photo()
     console.print(f"[bold]Offcut demo[/bold]: {photo.name} ({photo.stat().st_size:,} bytes) through {config.model}")
-    with _spinner(console) as progress:
-        progress.add_task("starting a cloud, two edge nodes and the device: each loads and traces the model")
-        cluster = Cluster.local(config.model, edges=2)
-        with cluster, cluster.session(policy=load_policy("device-only")) as session:
-            model = load_model(config.model)
-            graph = trace(model)
-            whole = _run_whole(model, graph, photo)
-            task = progress.add_task("running the plans", total=len(_plans(graph)))
-            rows = []
-            for name, plan in _plans(graph):
-                rows.append((name, _run_plan(session, photo, plan, config.repeat)))
-                progress.advance(task)
-    return _report(console, rows, whole, config)
+    whole, graph = _run_whole(config.model, photo)
+    samples: list[Sample] = []
+    steady: dict[str, InferenceResult] = {}
+    with console.status("starting a cloud, two edge nodes and the device: each loads and traces the model"):
+        cluster = _start(config.model)
+    with cluster, cluster.session(policy=load_policy("device-only")) as session:
+        rules = _rules(graph)
+        with console.status("first use of every plan: each node builds its segments"):
+            for spec in rules.values():
+                session.use(spec)
+                session.infer(photo, deadline_s=BACK_S)
+        at_s = 0.0  # the clock stands still while a phase is prepared
+        with Live(console=console, refresh_per_second=4) as live:
+            for phase in _phases():
+                phase.begin(cluster, session)
+                for turn in range(config.repeat * len(rules)):
+                    name = list(rules)[turn % len(rules)]
+                    session.use(rules[name])
+                    began_s = time.perf_counter()
+                    result = session.infer(photo, deadline_s=DEADLINE_S)
+                    samples.append(_sample(phase.name, name, at_s, result, whole))
+                    at_s += time.perf_counter() - began_s
+                    steady.setdefault(name, result)
+                    live.update(_table(samples, list(rules)))
+        nodes = session.state("encoded", 0, DEADLINE_S).nodes
+    overruns = {node.name: node.overruns for node in nodes if node.overruns}
+    return _report(console, config, samples, steady, overruns)
 
 
 def sample_photo() -> Path:
@@ -96,52 +150,144 @@ def sample_photo() -> Path:
     return Path(str(folder / "china.jpg"))
 
 
-def _spinner(console: Console) -> Progress:
-    return Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console)
-
-
-def _run_whole(model: Model, graph: LayerGraph, photo: Path) -> Any:
+def _run_whole(spec: str, photo: Path) -> tuple[Any, GraphSpec]:
     """The reference: input stage, then the untouched module, in this process."""
+    model = load_model(spec)
+    graph = trace(model)
     with torch.no_grad():
-        return model.module(run_input_stage(graph.spec, admit(graph.spec, photo)))
+        return model.module(run_input_stage(graph.spec, admit(graph.spec, photo))), graph.spec
 
 
-def _plans(graph: LayerGraph) -> list[tuple[str, Plan]]:
-    """The plans to show: single tiers, and splits at a third and two thirds of the layers."""
-    n = graph.num_layers
-    i, j = n // 3, 2 * n // 3
+def _start(model: str) -> Cluster:
+    links = tuple(
+        LinkConfig(between=ends, emulate=LinkEmulation(rate_bps=bps, delay_s=delay_s))
+        for ends, (bps, delay_s) in LINKS.items()
+    )
+    speeds = {name: NodeEmulation(slow_down=factor, mode="compute") for name, factor in SPEEDS.items()}
+    return Cluster(ModelConfig(spec=model), edges=("edge0", "edge1"), emulate=speeds, links=links)
+
+
+def _rules(graph: GraphSpec) -> dict[str, PolicySpec]:
+    cut = _inner_cut(graph)
+    return {
+        "edge only": load_policy("edge-only"),
+        "device only": load_policy("device-only"),
+        "JPEG to cloud": load_policy("cloud-only"),
+        f"split at {cut}": load_policy(f"fixed:{cut},{graph.num_layers}@edge0"),
+    }
+
+
+def _inner_cut(graph: GraphSpec) -> int:
+    """The inner cut in the first half of the layers that sends the fewest bytes."""
+    crossing = {
+        cut: sum(v.tensor.nbytes for v in graph.values if v.producer < cut and any(c >= cut for c in v.consumers))
+        for cut in range(graph.num_stage_layers + 1, graph.num_layers // 2)
+    }
+    return min(crossing, key=lambda cut: crossing[cut])
+
+
+# --- phases -------------------------------------------------------------------------------------------------------------
+
+
+def _phases() -> list[Phase]:
     return [
-        ("all on the device", Plan.split(n, n, n)),
-        ("JPEG to edge0", Plan.split(n, 0, n, edge_nodes=("edge0",))),
-        ("JPEG to cloud", Plan.split(n, 0, 0)),
-        ("JPEG to cloud via edge1", Plan.split(n, 0, 0, edge_nodes=("edge1",))),
-        ("device, then edge0", Plan.split(n, i, n, edge_nodes=("edge0",))),
-        ("device, then cloud", Plan.split(n, i, i)),
-        ("device, edge0, cloud", Plan.split(n, i, j, edge_nodes=("edge0",))),
-        ("the same, compressed", Plan.split(n, i, j, edge_nodes=("edge0",), codec="lossless")),
+        Phase("steady", lambda cluster, session: None),
+        Phase("uplinks collapse", _collapse),
+        Phase("edge0 loaded", _load),
+        Phase("edge0 killed", _kill),
+        Phase("edge0 back", _come_back),
     ]
 
 
-def _run_plan(session: Session, photo: Path, plan: Plan, repeat: int) -> list[InferenceResult]:
-    session.infer(photo, plan=plan, deadline_s=DEADLINE_S)  # builds segments on every node
-    results = [session.infer(photo, plan=plan, deadline_s=DEADLINE_S) for _ in range(repeat)]
-    return sorted(results, key=lambda r: r.latency.total_s if r.latency is not None else float("inf"))
+def _collapse(cluster: Cluster, session: Session) -> None:
+    for (near, far), (_, delay_s) in LINKS.items():
+        if near == DEVICE_NODE:
+            cluster.link(near, far).shape(up=LinkShape(rates_bps=(COLLAPSED_BPS,), delay_s=delay_s))
 
 
-def _report(console: Console, rows: list[tuple[str, list[InferenceResult]]], whole: Any, config: DemoConfig) -> bool:
-    table = make_latency_table(f"median of {config.repeat} requests per plan", "plan", "same")
-    all_equal = True
-    for name, results in rows:
-        is_equal = all(output_error(r.output, whole)[1] and r.outcome != "local" for r in results)
-        all_equal &= is_equal
-        latency = results[len(results) // 2].latency
-        assert latency is not None  # infer raises when there is no answer
-        table.add_row(name, "yes" if is_equal else "[red]NO[/red]", *latency_cells(latency))
+def _load(cluster: Cluster, session: Session) -> None:
+    for (near, far), (bps, delay_s) in LINKS.items():
+        cluster.link(near, far).shape(up=LinkShape(rates_bps=(bps,), delay_s=delay_s))
+    cluster.set_contention("edge0", CONTENTION)
+    cluster.set_load("edge0", LoadShape(rates_hz=(LOAD_HZ,), arrivals="periodic"))
+
+
+def _kill(cluster: Cluster, session: Session) -> None:
+    cluster.set_load("edge0", LoadShape())
+    cluster.set_contention("edge0", 1.0)
+    threading.Timer(KILL_AFTER_S, cluster.kill, ("edge0",)).start()
+
+
+def _come_back(cluster: Cluster, session: Session) -> None:
+    cluster.restart("edge0")
+    until_s = time.perf_counter() + BACK_S
+    while session.unusable.get("edge0") and time.perf_counter() < until_s:
+        time.sleep(0.05)
+
+
+# --- what came of it ----------------------------------------------------------------------------------------------------
+
+
+def _sample(phase: str, rule: str, at_s: float, result: InferenceResult, whole: Any) -> Sample:
+    assert result.latency is not None  # infer raises when there is no answer
+    return Sample(
+        phase=phase,
+        rule=rule,
+        at_s=at_s,
+        latency=result.latency,
+        outcome=result.outcome,
+        is_equal=output_error(result.output, whole)[1],
+        is_in_time=result.deadline_met,
+        plan=result.plan.describe(),
+    )
+
+
+def _table(samples: list[Sample], rules: list[str]) -> Table:
+    """Median milliseconds by rule and phase; a star where the device had to finish a request itself."""
+    phases = [phase.name for phase in _phases()]
+    table = Table(title="median latency, milliseconds; * the device finished a request itself")
+    table.add_column("rule", no_wrap=True)
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    for rule in rules:
+        cells = []
+        for phase in phases:
+            here = [sample for sample in samples if (sample.rule, sample.phase) == (rule, phase)]
+            star = "*" if any(sample.outcome == "local" for sample in here) else ""
+            median_s = statistics.median(sample.latency.total_s for sample in here) if here else 0.0
+            cells.append(f"{median_s * 1e3:.0f}{star}" if here else "")
+        table.add_row(rule, *cells)
+    return table
+
+
+def _report(
+    console: Console,
+    config: DemoConfig,
+    samples: list[Sample],
+    steady: dict[str, InferenceResult],
+    overruns: dict[str, int],
+) -> bool:
+    table = make_latency_table("where the time went, first steady request", "rule")
+    for rule, result in steady.items():
+        assert result.latency is not None
+        table.add_row(rule, *latency_cells(result.latency))
     console.print(table)
-    console.print("All nodes are processes on this machine, equally fast; links are loopback, not shaped.")
-    total = sum(len(results) for _, results in rows)
-    if all_equal:
-        console.print(f"[green]All {total} outputs equal the whole model's, bit for bit.[/green]")
+    speeds = ", ".join(f"{name} {factor:g}x" for name, factor in SPEEDS.items())
+    links = ", ".join(f"{a}-{b} {bps / 1e6:g} Mbps {2e3 * s:g} ms" for (a, b), (bps, s) in LINKS.items())
+    console.print(f"Emulated on this machine: {speeds} slower than one thread of it; {links} round trip.")
+    console.print(f"Collapse: uplinks at {COLLAPSED_BPS / 1e6:g} Mbps. Load: edge0 {CONTENTION:g}x and {LOAD_HZ:g}/s.")
+    if overruns:
+        told = ", ".join(f"{name} {count}" for name, count in overruns.items())
+        console.print(f"This machine was busy: segments slower than what they emulate: {told}.")
+    timeline = plot_timeline(samples, config.out, DEADLINE_S)
+    logs = write_tensorboard(samples, config.out)
+    console.print(f"timeline: {timeline}\nTensorBoard: tensorboard --logdir {logs}", highlight=False)
+    late = sum(not sample.is_in_time for sample in samples)
+    if late:
+        console.print(f"[yellow]{late} of {len(samples)} answers came after the deadline of {DEADLINE_S:g} s.[/yellow]")
+    wrong = sum(not sample.is_equal for sample in samples)
+    if wrong:
+        console.print(f"[red]{wrong} outputs differ from the whole model's: that is a bug.[/red]")
     else:
-        console.print("[red]An output differs from the whole model's: that is a bug.[/red]")
-    return all_equal
+        console.print(f"[green]All {len(samples)} outputs equal the whole model's, bit for bit.[/green]")
+    return not wrong

@@ -1,5 +1,7 @@
 """What runs where: the model, the nodes, the constraints and the keys of one deployment, and `deployment.toml`.
 
+What may be emulated on a test bed stands in the same file: `runtime.presets`.
+
     [model]
     spec = "torchvision:resnet50"
 
@@ -10,6 +12,14 @@
     name = "edge0"
     tier = "edge"
     address = "tcp://127.0.0.1:7001"
+    emulate = { preset = "rpi4" }                      # or { slow_down = 4.0, mode = "compute" }
+
+    [[link]]
+    between = ["device", "edge0"]
+    emulate = { rate_bps = 8e6, delay_s = 0.02 }       # or { trace = "lte.csv", scale = 0.3, jitter_s = 0.005 }
+
+    [device]
+    emulate = { preset = "rpi4" }
 
 Every record checks itself when it is made and raises `ConfigError`: the field, what was expected, what was got.
 `load_deployment` adds the file and the line.
@@ -28,6 +38,7 @@ from typing import Any, TypeVar
 from runtime import toml_lines
 from runtime.address import Endpoint
 from runtime.errors import ConfigError
+from runtime.presets import LinkConfig, LinkEmulation, NodeEmulation
 from runtime.types import DEVICE_NODE, INPUT_KINDS, Constraints, Tier
 
 SEEDED = "seeded"
@@ -90,6 +101,8 @@ class NodeConfig:
     """Where it listens: `tcp://HOST:PORT`; tensors use the next port."""
     public_key: str | None = None
     """Its CURVE public key (Z85, 40 characters), as `offcut keys` printed it; None: the connection is not encrypted."""
+    emulate: NodeEmulation | None = None
+    """What it pretends to be when `Cluster.from_deployment` starts it; a real node is told on its own command line."""
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -150,6 +163,10 @@ class Deployment:
     """What every plan must respect."""
     security: SecurityConfig = field(default_factory=SecurityConfig)
     """Keys, or the permission to do without."""
+    links: tuple[LinkConfig, ...] = ()
+    """The links that a test bed emulates."""
+    device_emulate: NodeEmulation | None = None
+    """What the device itself pretends to be, in every session; never `replay`, since its answers are the user's."""
 
     def __post_init__(self) -> None:
         """Check what no single record can: names, addresses, tiers, keys and constraints together.
@@ -161,6 +178,11 @@ class Deployment:
         for index, node in enumerate(self.nodes):
             _check_against_earlier(index, node, self.nodes[:index])
             _check_keys_of(index, node, self.security)
+        for index, link in enumerate(self.links):
+            _check_link(index, link, self)
+        if self.device_emulate is not None and self.device_emulate.is_replay:
+            message = "expected mode compute and slow_down >= 1 for the device: its answers are the user's, got replay"
+            raise _FieldError(("device", "emulate"), message)
         _check_constraints(self.constraints)
 
     @property
@@ -211,31 +233,32 @@ def load_deployment(path: str | Path) -> Deployment:
         raise ConfigError(f"{place}: {error}") from error
 
 
-_Record = TypeVar("_Record", ModelConfig, NodeConfig, SecurityConfig, Constraints)
+_Record = TypeVar("_Record", ModelConfig, NodeConfig, SecurityConfig, LinkConfig, Constraints)
 
 # --- reading a document; a path points at the value in the file ------------------------------------------------------
 
 
 def _read_document(document: Mapping[str, Any], folder: Path) -> Deployment:
-    _check_keys(document, ("model", "constraints", "security", "node"), ())
+    _check_keys(document, ("model", "constraints", "security", "device", "node", "link"), ())
     model = _resolve(_table(document, "model"), "weights", folder, keep=(SEEDED, PRETRAINED))
     security = _resolve(_table(document, "security"), "secret_key", folder)
-    nodes = document.get("node", [])
-    if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
-        raise _FieldError(("node",), "expected node to be an array of tables; write [[node]] in double brackets")
+    nodes, links, device = _tables(document, "node"), _tables(document, "link"), _table(document, "device")
+    _check_keys(device, ("emulate",), ("device",))
     constraints = _table(document, "constraints")
     if "allowed_tiers" in constraints:
         constraints = {**constraints, "allowed_tiers": _read_tiers(constraints["allowed_tiers"])}
     try:
         return Deployment(
             model=_read_record(ModelConfig, model, ("model",)),
-            nodes=tuple(_read_node(node, ("node", index)) for index, node in enumerate(nodes)),
+            nodes=tuple(_read_node(node, ("node", i)) for i, node in enumerate(nodes)),
+            links=tuple(_read_link(link, ("link", i), folder) for i, link in enumerate(links)),
+            device_emulate=_read_emulation(NodeEmulation, device, "emulate", ("device",)),
             constraints=_read_record(Constraints, constraints, ("constraints",)),
             security=_read_record(SecurityConfig, security, ("security",)),
         )
     except _FieldError as error:
-        if error.path[0] == "nodes":  # the record's field; the file says `node`
-            raise _FieldError(("node", *error.path[1:]), str(error)) from error
+        if error.path[0] in ("nodes", "links"):  # the record's fields; the file says `node` and `link`
+            raise _FieldError((str(error.path[0])[:-1], *error.path[1:]), str(error)) from error
         raise
 
 
@@ -254,7 +277,44 @@ def _read_node(table: Mapping[str, Any], path: toml_lines.Path) -> NodeConfig:
     if "tier" in table:
         tiers = {tier.label: tier for tier in (Tier.EDGE, Tier.CLOUD)}
         table = {**table, "tier": _read_tier(table["tier"], tiers, (*path, "tier"))}
+    if "emulate" in table:
+        table = {**table, "emulate": _read_emulation(NodeEmulation, table, "emulate", path)}
     return _read_record(NodeConfig, table, path)
+
+
+def _read_link(table: Mapping[str, Any], path: toml_lines.Path, folder: Path) -> LinkConfig:
+    ends = table.get("between", [])
+    if not isinstance(ends, list) or len(ends) != 2 or not all(isinstance(end, str) for end in ends):
+        raise _FieldError(
+            (*path, "between"), f'expected between to name two ends, such as ["device", "edge0"], got {ends!r}'
+        )
+    table = {**table, "between": tuple(ends)}
+    for key in ("emulate", "back"):
+        if isinstance(table.get(key), dict):
+            resolved = _resolve(table[key], "trace", folder)
+            if "trace" in resolved and not Path(str(resolved["trace"])).is_file():
+                raise _FieldError((*path, key), f"expected trace to be a file, got {resolved['trace']}; check the path")
+            table[key] = resolved
+        if key in table:
+            table[key] = _read_emulation(LinkEmulation, table, key, path)
+    return _read_record(LinkConfig, table, path)
+
+
+_Emulation = TypeVar("_Emulation", NodeEmulation, LinkEmulation)
+
+
+def _read_emulation(
+    kind: type[_Emulation], table: Mapping[str, Any], key: str, path: toml_lines.Path
+) -> _Emulation | None:
+    """Make a record of the inline table or subtable under a key."""
+    inner = table.get(key)
+    if inner is None:
+        return None
+    if not isinstance(inner, dict):
+        raise _FieldError((*path, key), f"expected {key} to be a table such as {{ ... }}, got {inner!r}")
+    _check_keys(inner, [f.name for f in fields(kind)], (*path, key))
+    with _inside(path), _field(key):
+        return kind(**inner)
 
 
 def _read_tiers(labels: object) -> tuple[Tier, ...]:
@@ -278,6 +338,13 @@ def _table(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return table
 
 
+def _tables(document: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    tables = document.get(name, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise _FieldError((name,), f"expected {name} to be an array of tables; write [[{name}]] in double brackets")
+    return tables
+
+
 def _resolve(table: Mapping[str, Any], key: str, folder: Path, keep: Iterable[str] = ()) -> Mapping[str, Any]:
     value = table.get(key)
     if not isinstance(value, str) or not value or value in keep:
@@ -297,7 +364,8 @@ def _check_keys(table: Mapping[str, Any], known: Iterable[str], path: toml_lines
 def _label(path: toml_lines.Path) -> str:
     if not path:
         return "the file"
-    return f"[[{path[0]}]]" if len(path) > 1 else f"[{path[0]}]"
+    name = ".".join(part for part in path if isinstance(part, str))
+    return f"[[{name}]]" if isinstance(path[-1], int) else f"[{name}]"
 
 
 def _suggestion(word: object, known: Iterable[str]) -> str:
@@ -358,6 +426,20 @@ def _check_against_earlier(index: int, node: NodeConfig, earlier: tuple[NodeConf
         if node.tier is other.tier is Tier.CLOUD:
             message = f"expected at most one cloud node, got {other.name!r} and {node.name!r}"
             raise _FieldError(("nodes", index, "tier"), message)
+
+
+def _check_link(index: int, link: LinkConfig, deployment: "Deployment") -> None:
+    tiers = {DEVICE_NODE: Tier.DEVICE, **{node.name: node.tier for node in deployment.nodes}}
+    path = ("links", index, "between")
+    for name in link.between:
+        if name not in tiers:
+            raise _FieldError(path, f"expected ends among {list(tiers)}, got {name!r}{_suggestion(name, tiers)}")
+    near, far = link.between
+    if not tiers[near] < tiers[far]:
+        got = f"{tiers[near].label} - {tiers[far].label}"
+        raise _FieldError(path, f"expected device - edge, device - cloud or edge - cloud, got {got}")
+    if any(other.between == link.between for other in deployment.links[:index]):
+        raise _FieldError(path, f"expected every link once, got {near} - {far} twice")
 
 
 def _share_a_port(one: Endpoint, other: Endpoint) -> bool:

@@ -267,6 +267,8 @@ class NodeState:
     queue_length: int = 0
     utilisation_frac: float = math.nan
     age_s: float = math.inf
+    mode: str = "real"  # or what it pretends to be: emulated, replayed
+    overruns: int = 0  # segments that took longer than the emulated node would need, since it started
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads its th
 
 from agent.bench.echo import EchoConfig, run_echo
 from agent.bench.recovery import RecoveryConfig, run_recovery
+from agent.bench.split import SplitConfig, run_split
 
 if __name__ == "__main__":
-    config = tyro.extras.subcommand_cli_from_dict({"echo": EchoConfig, "recovery": RecoveryConfig})
+    config = tyro.extras.subcommand_cli_from_dict(
+        {"echo": EchoConfig, "recovery": RecoveryConfig, "split": SplitConfig}
+    )
     match config:
         case EchoConfig():
             report = run_echo(config)
         case RecoveryConfig():
             report = run_recovery(config)
+        case SplitConfig():
+            report = run_split(config)
     report.show(Console())
     if config.json is not None:
         report.write(config.json)

@@ -229,7 +229,7 @@ class Client:
             if request.is_local or request.future.done():
                 return None  # finished another way while it was queued
             request.device_queue_s = time.perf_counter() - queued_at_s
-            made, request.device_compute_s = local.segments.get(stage).run_timed(request.values)
+            made, request.device_compute_s = local.run(stage, request.values)
             request.values.update(made)
             crossing = request.route.up[0] if request.route.up else ()
             return pack(request.values, crossing, request.plan.codec, self._auto, bandwidth_bps)
@@ -350,8 +350,7 @@ class Client:
         def work() -> dict[str, torch.Tensor]:
             if request.future.done():
                 return {}
-            segment = local.segments.get(stage)
-            made, seconds = segment.run_timed(request.values, should_stop=request.future.done)
+            made, seconds = local.run(stage, request.values, should_stop=request.future.done)
             request.device_compute_s += seconds
             return {**request.values, **made}
 

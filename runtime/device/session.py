@@ -23,6 +23,7 @@ from runtime.device.request import PROTECTION_FACTOR, Answer, Request
 from runtime.errors import ConfigError, InputError, OffcutError, PeerTimeout
 from runtime.model.graph import unflatten_outputs
 from runtime.model.inputs import Admitted, admit
+from runtime.node.emulation import Emulator
 from runtime.node.job import HostedModel
 from runtime.planning.cost import estimate, sum_layers
 from runtime.planning.policies.registry import PolicySpec
@@ -398,6 +399,7 @@ def _load_local(deployment: Deployment, auto: AutoCodec) -> HostedModel:
         batch_size=config.batch_size,
         device="cpu",
         auto=auto,
+        emulator=None if deployment.device_emulate is None else Emulator(deployment.device_emulate),
     )
 
 

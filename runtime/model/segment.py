@@ -120,6 +120,15 @@ class Segment:
             self.first_run_s = seconds
         return {name: slots[slot] for name, slot in self._outputs}, seconds
 
+    def check(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Check what a run would be given, without running anything.
+
+        Raises:
+            TensorMismatch: when a value is missing or has another shape or dtype than the graph says.
+        """
+        for _, spec, _ in self._inputs:
+            self._check(spec, values)
+
     def _check(self, spec: ValueSpec, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         tensor = values.get(spec.name)
         if tensor is None:

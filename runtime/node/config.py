@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from runtime.errors import ConfigError
+from runtime.presets import Mode, NodeEmulation
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,19 @@ class WorkerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where layers run; auto takes CUDA when it is there."""
 
+    preset: str | None = None
+    """Take as long as another machine would: rpi4, desktop, jetson or gpu."""
+
+    slow_down: float | None = None
+    """Instead of a preset: take so many times longer than one idle thread of this machine."""
+
+    mode: Mode | None = None
+    """How an emulated node works. compute: really, then it waits. replay: it answers with the activations of a fixed
+    sample, whatever was sent. Left out: replay for machines faster than this one, else compute."""
+
     exit_with_stdin: bool = False
-    """End when standard input closes, so that no node outlives the program that started it."""
+    """For the program that starts this node: end when standard input closes, and take commands from it, one JSON object
+    a line, such as {"contention": 2.0}; each is answered with OK or ERROR."""
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -78,6 +90,7 @@ class WorkerConfig:
         if not self.name:
             object.__setattr__(self, "name", self.tier)
         self.next_nodes()
+        self.emulation()
 
     def next_nodes(self) -> dict[str, NextNode]:
         """Parse `connect`.
@@ -96,6 +109,18 @@ class WorkerConfig:
                 )
             nodes[name] = NextNode(address, key.encode() if key else None)
         return nodes
+
+    def emulation(self) -> NodeEmulation | None:
+        """What the node pretends to be; None for itself.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        if self.preset is None and self.slow_down is None:
+            if self.mode is not None:
+                raise ConfigError(f"expected --preset or --slow-down beside --mode {self.mode}, got neither")
+            return None
+        return NodeEmulation(preset=self.preset, slow_down=self.slow_down, mode=self.mode)
 
     def torch_device(self) -> str:
         """The device that layers run on.

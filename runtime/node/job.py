@@ -1,6 +1,6 @@
 """One request's share on a node: what came in, what the segment makes of it, what goes on and what goes back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -8,8 +8,10 @@ import torch
 from runtime.errors import PlanError, ProtocolError
 from runtime.measure import load_profile
 from runtime.model.graph import LayerGraph, trace
-from runtime.model.segment import SegmentCache
+from runtime.model.inputs import sample_inputs
+from runtime.model.segment import Segment, SegmentCache
 from runtime.model.zoo import load_model
+from runtime.node.emulation import Emulator
 from runtime.planning.cost import sum_layers
 from runtime.planning.problem import Route, Stage, check_monotone, find_route
 from runtime.types import NodeProfile, Tier
@@ -21,16 +23,30 @@ from runtime.wire.pack import Packed, pack, result_codec, unpack
 
 @dataclass(frozen=True, eq=False)
 class HostedModel:
-    """A model that this process can run: its graph, its segments and this machine's profile of it."""
+    """A model that this process can run: its graph, its segments and this machine's profile of it.
+
+    On an emulated node the profile is that of the idle machine it pretends to be.
+    """
 
     spec: str
     graph: LayerGraph
     segments: SegmentCache
     profile: NodeProfile
+    emulator: Emulator | None = None
+    activations: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Every value that may cross, as one sample makes it; for a node that replays."""
 
     @classmethod
     def load(
-        cls, spec: str, *, weights: str | None, seed: int, batch_size: int, device: str, auto: AutoCodec
+        cls,
+        spec: str,
+        *,
+        weights: str | None,
+        seed: int,
+        batch_size: int,
+        device: str,
+        auto: AutoCodec,
+        emulator: Emulator | None = None,
     ) -> "HostedModel":
         """Load, trace and profile a model.
 
@@ -40,7 +56,43 @@ class HostedModel:
         model = load_model(spec, weights=weights, seed=seed, batch_size=batch_size, device=device)
         graph = trace(model)
         segments = SegmentCache(graph)
-        return cls(spec, graph, segments, load_profile(graph, segments, model.example, auto))
+        profile = load_profile(graph, segments, model.example, auto)
+        if emulator is None:
+            return cls(spec, graph, segments, profile)
+        activations = sample_activations(graph, model.example) if emulator.emulation.is_replay else {}
+        return cls(spec, graph, segments, emulator.pretend(profile), emulator, activations)
+
+    def run(
+        self, stage: Stage, values: Mapping[str, torch.Tensor], *, should_stop: Callable[[], bool] | None = None
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        """Run a stage, in the time that the machine it is meant for would need.
+
+        Returns:
+            The values that the stage makes, and the seconds until they were there.
+
+        Raises:
+            TensorMismatch: when a value is not the one that the graph makes.
+            Stopped: when `should_stop` said so.
+        """
+        segment = self.segments.get(stage)
+        if self.emulator is None:
+            return segment.run_timed(values, should_stop=should_stop)
+
+        def make() -> dict[str, torch.Tensor]:
+            if not self.activations:
+                return segment.run(values, should_stop=should_stop)
+            segment.check(values)
+            return {name: self.activations[name] for name in stage.makes}
+
+        return self.emulator.run(make, sum_layers(self.profile.layer_s, stage.layers), should_stop)
+
+
+def sample_activations(graph: LayerGraph, example: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Run the whole model once on a fixed sample and keep every value that may cross."""
+    inputs = sample_inputs(graph.spec, example)
+    names = tuple(value.name for value in graph.spec.values if value.producer >= 0)
+    whole = Stage(Tier.DEVICE, tuple(range(graph.num_layers)), tuple(inputs), names)
+    return Segment(graph, whole).run(inputs)
 
 
 @dataclass(eq=False)
@@ -141,6 +193,5 @@ class Job:
         return self.compute_s
 
     def _run_segment(self, values: dict[str, torch.Tensor], should_stop: Callable[[], bool]) -> dict[str, torch.Tensor]:
-        segment = self.model.segments.get(self.stage)
-        made, self.compute_s = segment.run_timed(values, should_stop=should_stop)
+        made, self.compute_s = self.model.run(self.stage, values, should_stop=should_stop)
         return made

@@ -5,19 +5,20 @@ The loop turns what the hub and the executor report into events for `NodeMachine
 
 import dataclasses
 import logging
-import os
 import signal
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterable
 from types import FrameType
 
+import msgspec
 import torch
 
-from runtime.errors import OffcutError, PlanError
+from runtime.errors import ConfigError, OffcutError, PlanError
+from runtime.node.commands import listen
 from runtime.node.config import NextNode, WorkerConfig
+from runtime.node.emulation import Emulator
 from runtime.node.executor import Done, Executor
 from runtime.node.job import HostedModel, Job
 from runtime.node.state import Forget, Forward, Instruction, Key, NodeMachine, Refuse, Reply, Run
@@ -65,6 +66,12 @@ DRAIN_S = 5.0
 """How long a node that was told to stop may take to finish what it has."""
 
 
+class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One line of standard input; what is left out stays as it is."""
+
+    contention: float | None = None
+
+
 class Worker:
     """One node: its models, its hub, its executor and its state machine."""
 
@@ -73,6 +80,8 @@ class Worker:
         self._tier = Tier[config.tier.upper()]
         self._limits = Limits()
         self._auto = AutoCodec()
+        emulation = config.emulation()
+        self._emulator = None if emulation is None else Emulator(emulation)
         self._models: dict[str, HostedModel] = {}
         self._machine = NodeMachine(capacity=config.queue)
         self._jobs: dict[Key, Job] = {}
@@ -114,12 +123,24 @@ class Worker:
                 batch_size=self.config.batch_size,
                 device=self.config.torch_device(),
                 auto=self._auto,
+                emulator=self._emulator,
             )
             self._models[model.graph.model_id] = model
 
     def _connect(self, name: str, node: NextNode) -> Peer:
         hello = Hello(PROTOCOL_VERSION, self.config.name, "", CAPABILITIES)
         return self._hub.connect(name, node.address, hello, server_key=node.server_key)
+
+    def obey(self, command: Command) -> None:
+        """Carry out a command; callable from any thread.
+
+        Raises:
+            ConfigError: when this node cannot.
+        """
+        if command.contention is not None:
+            if self._emulator is None:
+                raise ConfigError("expected an emulated node for contention, got a real one; start it with --slow-down")
+            self._emulator.set_contention(command.contention)
 
     def stop(self) -> None:
         """Ask the loop to drain and end; callable from signal handlers and other threads."""
@@ -212,7 +233,7 @@ class Worker:
         match message:
             case Describe(model_id=model_id) if model_id in self._models:
                 model = self._models[model_id]
-                self._hub.send(peer, Described(model_id, model.graph.spec, model.profile))
+                self._hub.send(peer, Described(model_id, model.graph.spec, model.profile, self.config.emulation()))
             case Cancel(request=request):
                 self._execute(self._machine.cancel((peer, request)))
             case Failure(request=number, kind=kind, text=text) as failure if number in self._upstream:
@@ -389,6 +410,8 @@ class Worker:
             queue_length=self._machine.queue_length,
             utilisation_frac=load.utilisation_frac(now_s),
             age_s=0.0,
+            mode="real" if self._emulator is None else self._emulator.emulation.label,
+            overruns=0 if self._emulator is None else self._emulator.overruns,
         )
 
     def _report(self, peer: Peer) -> LinkReport:
@@ -426,10 +449,17 @@ def explain_failure(error: Exception) -> tuple[str, bool]:
     return text, out_of_memory or isinstance(error, PlanError)
 
 
-def _stop_at_eof(worker: Worker) -> None:
-    """End the worker when its parent is gone: the pipe on standard input closes whatever kills the parent."""
-    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin.read: its lock would be held when the interpreter ends
-        pass
+def _listen_to_input(worker: Worker) -> None:
+    """Carry out commands, and end with the parent."""
+
+    def answer(line: bytes) -> str:
+        try:
+            worker.obey(msgspec.json.decode(line, type=Command))
+        except (msgspec.MsgspecError, ConfigError) as error:
+            return f"ERROR {error}"
+        return "OK"
+
+    listen(answer)
     worker.stop()
 
 
@@ -450,7 +480,7 @@ def run_worker(config: WorkerConfig) -> None:
     signal.signal(signal.SIGINT, on_signal)
     address = worker.bind()
     if config.exit_with_stdin:
-        threading.Thread(target=_stop_at_eof, args=(worker,), daemon=True).start()
+        threading.Thread(target=_listen_to_input, args=(worker,), daemon=True).start()
     print(f"BOUND {address}", flush=True)
     try:
         worker.load()

@@ -6,7 +6,9 @@ import re
 import shutil
 import signal
 import tempfile
-from collections import Counter
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,17 +18,18 @@ import msgspec
 
 from runtime.deployment import Deployment, ModelConfig, NodeConfig
 from runtime.device.session import Session
-from runtime.errors import ClusterError, ModelError
+from runtime.errors import ClusterError, ConfigError, ModelError
 from runtime.model.zoo import check_library_name
 from runtime.planning.policies.registry import PolicySpec
-from runtime.testbed.process import ManagedProcess
+from runtime.presets import LinkConfig, NodeEmulation
+from runtime.testbed.arrivals import LoadShape
+from runtime.testbed.load import Load, LoadReport
+from runtime.testbed.process import READY_S, ManagedProcess
 from runtime.testbed.rate import LinkShape
-from runtime.types import Constraints, Tier
+from runtime.testbed.workload import shape_link
+from runtime.types import DEVICE_NODE, Constraints, Tier
 
 logger = logging.getLogger(__name__)
-
-READY_S = 180.0
-"""How long a process may take to be ready: a worker loads and traces its model, on a busy machine."""
 
 MAX_RESTARTS = 100
 """A node that had to be restarted more often than this is broken, not unlucky."""
@@ -62,8 +65,7 @@ class Relay:
         self._command({name: shape for name, shape in shapes.items() if shape is not None})
 
     def _command(self, command: dict[str, Any]) -> None:
-        self._process.send_line(msgspec.json.encode(command).decode())
-        self._process.wait_line("OK", READY_S)
+        self._process.command(msgspec.json.encode(command).decode())
 
     def stop(self) -> None:
         """End the relay."""
@@ -88,13 +90,17 @@ class Cluster:
     Args:
         model: what every node runs.
         edges: names of the edge nodes.
-        has_cloud: whether there is a cloud node, named `cloud`.
+        has_cloud: whether there is a cloud node.
         constraints: of the deployment.
-        relays: names of nodes whose link from the device goes through a `Relay`.
+        relays: links that go through a `Relay`: the name of a node for its link from the device, or both ends.
         worker_options: more command line for every worker, such as `--queue 2`.
+        emulate: what nodes pretend to be, by name; `device` for the device itself.
+        links: links that are emulated; each goes through a `Relay`.
+        cloud: name of the cloud node.
 
     Raises:
         ClusterError: a process did not become ready; with the tail of its log.
+        ConfigError: a name or an emulation that cannot be.
     """
 
     def __init__(
@@ -104,8 +110,11 @@ class Cluster:
         edges: tuple[str, ...] = ("edge0",),
         has_cloud: bool = True,
         constraints: Constraints | None = None,
-        relays: tuple[str, ...] = (),
+        relays: tuple[str | tuple[str, str], ...] = (),
         worker_options: tuple[str, ...] = (),
+        emulate: Mapping[str, NodeEmulation] | None = None,
+        links: tuple[LinkConfig, ...] = (),
+        cloud: str = "cloud",
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="offcut-"))
         """Logs of all processes; gone after `stop`."""
@@ -113,21 +122,56 @@ class Cluster:
         self._addresses: dict[str, str] = {}
         self._nodes: dict[str, _Node] = {}
         self._restarts: Counter[str] = Counter()
+        self._gates: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)  # one restart or command a node
+        self._contention: dict[str, float] = {}
+        self._loads: dict[str, Load] = {}
         self._sessions = contextlib.ExitStack()
-        self.relays: dict[str, Relay] = {}
+        self._model = model
+        self._emulate = dict(emulate or {})
+        wanted = {(DEVICE_NODE, end) if isinstance(end, str) else end for end in relays}
+        self._wanted = wanted | {link.between for link in links}
+        self._relays: dict[tuple[str, str], Relay] = {}
         try:
-            self._start(model, edges, has_cloud, worker_options)
-            for name in relays:
-                self.relays[name] = Relay(f"relay-{name}", self._addresses[name], self.folder)
+            self._start(model, edges, cloud if has_cloud else None, worker_options)
+            for link in links:
+                back = link.emulate if link.back is None else link.back
+                self.link(*link.between).shape(up=shape_link(link.emulate), down=shape_link(back))
+            self.deployment = Deployment(
+                model=model,
+                nodes=tuple(self._config(node) for node in self._nodes.values()),
+                constraints=constraints or Constraints(),
+                links=links,
+                device_emulate=self._emulate.get(DEVICE_NODE),
+            )
         except BaseException:
             for process in self._processes.values():
                 process.kill()  # there is nothing to drain, and one that loads its model hears no request to stop
             self.stop()
             raise
-        nodes = tuple(
-            NodeConfig(name=n.name, tier=n.tier, address=self._device_address(n.name)) for n in self._nodes.values()
+
+    @classmethod
+    def from_deployment(cls, deployment: Deployment, *, worker_options: tuple[str, ...] = ()) -> "Cluster":
+        """Start every node of a deployment on this machine, emulated as it says, with a relay in each emulated link.
+
+        Addresses and keys are those of the real machines and do not matter here: the cluster has its own.
+
+        Raises:
+            ClusterError: a process did not become ready.
+            ConfigError: a trace cannot be read.
+        """
+        emulate = {node.name: node.emulate for node in deployment.nodes if node.emulate is not None}
+        if deployment.device_emulate is not None:
+            emulate[DEVICE_NODE] = deployment.device_emulate
+        return cls(
+            deployment.model,
+            edges=tuple(node.name for node in deployment.edges),
+            has_cloud=deployment.cloud is not None,
+            constraints=deployment.constraints,
+            worker_options=worker_options,
+            emulate=emulate,
+            links=deployment.links,
+            cloud="cloud" if deployment.cloud is None else deployment.cloud.name,
         )
-        self.deployment = Deployment(model=model, nodes=nodes, constraints=constraints or Constraints())
 
     @classmethod
     def local(cls, model: str, *, edges: int = 1, has_cloud: bool = True, batch_size: int = 1) -> "Cluster":
@@ -181,59 +225,145 @@ class Cluster:
         self._processes[name].signal(signal.SIGCONT)
 
     def restart(self, name: str) -> None:
-        """Start a node again at its old address; one that runs is stopped in order first.
+        """Start a node again at its old address, its contention kept; one that runs is stopped in order first.
 
         Raises:
             ClusterError: it did not become ready, or has been restarted too often.
         """
-        self._restarts[name] += 1
-        if self._restarts[name] > MAX_RESTARTS:
-            raise ClusterError(
-                f"{name} was restarted {MAX_RESTARTS} times; see its log:\n{self._processes[name].tail()}"
-            )
-        process = self._processes[name]
-        process.ask_to_stop()
-        process.wait()
-        self._launch(self._nodes[name], self._addresses[name])
-        self._await(name)
+        with self._gates[name]:
+            self._restarts[name] += 1
+            if self._restarts[name] > MAX_RESTARTS:
+                raise ClusterError(
+                    f"{name} was restarted {MAX_RESTARTS} times; see its log:\n{self._processes[name].tail()}"
+                )
+            process = self._processes[name]
+            process.ask_to_stop()
+            process.wait()
+            self._launch(self._nodes[name], self._addresses[name])
+            self._await(name)
+            if name in self._contention:
+                self.set_contention(name, self._contention[name])
 
     def pid(self, name: str) -> int:
         """Process id of a node."""
         return self._processes[name].pid
 
+    # --- conditions -------------------------------------------------------------------------------------------------
+
+    @property
+    def relays(self) -> dict[str, Relay]:
+        """Relays in the device's own links, by the node at the other end."""
+        return {far: relay for (near, far), relay in self._relays.items() if near == DEVICE_NODE}
+
+    def link(self, near: str, far: str) -> Relay:
+        """The relay in a link, its end nearer to the device first.
+
+        Raises:
+            ClusterError: when this link has none.
+        """
+        relay = self._relays.get((near, far))
+        if relay is None:
+            known = ", ".join(f"{a} - {b}" for a, b in self._relays) or "none"
+            raise ClusterError(
+                f"expected a link with a relay ({known}), got {near} - {far}; name it in relays or links"
+            )
+        return relay
+
+    def set_contention(self, name: str, contention: float) -> None:
+        """Let an emulated node take so many times longer from its next segment on; one that is down learns it later.
+
+        Raises:
+            ClusterError: when the node is not emulated, or `contention` is less than 1.
+        """
+        with self._gates[name]:
+            if self._processes[name].is_alive:
+                self._processes[name].command(msgspec.json.encode({"contention": contention}).decode())
+            self._contention[name] = contention
+
+    def start_load(self, name: str) -> Load:
+        """Start the process of a node's background requests, if it does not run; it sends none yet.
+
+        Raises:
+            ClusterError: when it did not start.
+        """
+        with self._gates[name]:
+            if name not in self._loads:
+                self._loads[name] = Load(f"load-{name}", self._addresses[name], self._model.spec, self.folder)
+            return self._loads[name]
+
+    def set_load(self, name: str, shape: LoadShape) -> None:
+        """Send background requests to a node from now on, past its links; `LoadShape()` ends them.
+
+        Raises:
+            ClusterError: when the load's process did not start.
+        """
+        self.start_load(name).set_shape(shape)
+
+    def load_report(self, name: str) -> LoadReport:
+        """What became of a node's background requests since the last report."""
+        return self._loads[name].report()
+
+    # --- starting and ending ----------------------------------------------------------------------------------------
+
     def stop(self) -> None:
-        """End sessions, nodes and relays; remove every file."""
+        """End sessions, loads, nodes and relays; remove every file."""
         try:
             self._sessions.close()
         finally:
+            for load in self._loads.values():
+                load.stop()
             for process in self._processes.values():
                 process.ask_to_stop()
             for process in self._processes.values():
                 process.wait()
-            for relay in self.relays.values():
+            for relay in self._relays.values():
                 relay.stop()
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _device_address(self, name: str) -> str:
-        return self.relays[name].address if name in self.relays else self._addresses[name]
+    def _config(self, node: _Node) -> NodeConfig:
+        relay = self._relays.get((DEVICE_NODE, node.name))
+        address = self._addresses[node.name] if relay is None else relay.address
+        return NodeConfig(name=node.name, tier=node.tier, address=address, emulate=self._emulate.get(node.name))
 
-    def _start(self, model: ModelConfig, edges: tuple[str, ...], has_cloud: bool, options: tuple[str, ...]) -> None:
+    def _start(self, model: ModelConfig, edges: tuple[str, ...], cloud: str | None, options: tuple[str, ...]) -> None:
         """Start all nodes at once: an edge needs the cloud's address, which is known long before its model is loaded."""
         _check_name(model.spec)
+        nodes = (*edges, *(() if cloud is None else (cloud,)))
+        possible = {(DEVICE_NODE, name) for name in nodes} | {(name, cloud) for name in edges if cloud is not None}
+        if unknown := self._wanted - possible:
+            raise ConfigError(f"expected links among {sorted(possible)}, got {sorted(unknown)}; the nearer end first")
+        if unknown_nodes := self._emulate.keys() - {DEVICE_NODE, *nodes}:
+            raise ConfigError(f"expected nodes to emulate among {[DEVICE_NODE, *nodes]}, got {sorted(unknown_nodes)}")
         base = (
             *("--model", model.spec, "--seed", str(model.seed)),
             *(() if model.weights is None else ("--weights", model.weights)),
             *("--batch-size", str(model.batch_size), "--exit-with-stdin", *options),
         )
-        onward: tuple[str, ...] = ()
-        if has_cloud:
-            self._launch(_Node("cloud", Tier.CLOUD, base), "tcp://127.0.0.1:*")
-            self._addresses["cloud"] = self._wait_line("cloud", "BOUND")
-            onward = ("--connect", f"cloud={self._addresses['cloud']}")
+        if cloud is not None:
+            self._launch(_Node(cloud, Tier.CLOUD, (*base, *self._pace(cloud))), "tcp://127.0.0.1:*")
+            self._addresses[cloud] = self._wait_line(cloud, "BOUND")
         for name in edges:
-            self._launch(_Node(name, Tier.EDGE, (*base, *onward)), "tcp://127.0.0.1:*")
+            onward = () if cloud is None else ("--connect", f"{cloud}={self._route(name, cloud)}")
+            self._launch(_Node(name, Tier.EDGE, (*base, *onward, *self._pace(name))), "tcp://127.0.0.1:*")
         for name in self._nodes:
             self._await(name)
+        for name in self._nodes:
+            self._route(DEVICE_NODE, name)
+
+    def _pace(self, name: str) -> tuple[str, ...]:
+        """The part of a worker's command line that says what it pretends to be."""
+        emulation = self._emulate.get(name)
+        if emulation is None:
+            return ()
+        options = {"--preset": emulation.preset, "--slow-down": emulation.slow_down, "--mode": emulation.mode}
+        return tuple(str(part) for pair in options.items() if pair[1] is not None for part in pair)
+
+    def _route(self, near: str, far: str) -> str:
+        """Address at which one end of a link reaches the other: its relay's, where there is to be one."""
+        if (near, far) not in self._wanted:
+            return self._addresses[far]
+        relay = self._relays[near, far] = Relay(f"relay-{near}-{far}", self._addresses[far], self.folder)
+        return relay.address
 
     def _launch(self, node: _Node, bind: str) -> None:
         self._nodes[node.name] = node

@@ -17,6 +17,13 @@ STOP_S = 8.0
 """How long a process that was told to stop may take before it is killed."""
 
 
+READY_S = 180.0
+"""How long a process may take to be ready: a worker loads and traces its model, on a busy machine."""
+
+COMMAND_S = 30.0
+"""How long a process may take to answer a command."""
+
+
 class ManagedProcess:
     """A `python -m MODULE` child on a pipe.
 
@@ -37,6 +44,7 @@ class ManagedProcess:
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader: threading.Thread | None = None
+        self._gate = threading.Lock()
         self.start()
 
     @property
@@ -93,6 +101,29 @@ class ManagedProcess:
                 raise ClusterError(f"{self.name} ended with code {code} before it said {prefix!r}\n{self.tail()}")
             if line.startswith(prefix):
                 return line.removeprefix(prefix).strip()
+
+    def command(self, line: str) -> str:
+        """Write a line to its standard input and give the text of its answer. Safe for threads.
+
+        Raises:
+            ClusterError: when it answers ERROR, answers not at all, or has ended; with the tail of its log.
+        """
+        with self._gate:
+            self._forget_lines()  # the late answer to a command that was given up
+            try:
+                self.send_line(line)
+            except OSError as error:
+                raise ClusterError(f"{self.name} takes no command, it has ended\n{self.tail()}") from error
+            text = self.wait_line("", COMMAND_S)
+        if text.startswith("ERROR"):
+            raise ClusterError(f"{self.name} refused {line}: {text.removeprefix('ERROR').strip()}")
+        return text.removeprefix("OK").strip()
+
+    def _forget_lines(self) -> None:
+        while not self._lines.empty():
+            if self._lines.get() is None:
+                self._lines.put(None)  # the end stays the end
+                return
 
     def send_line(self, line: str) -> None:
         """Write a line to its standard input."""

@@ -15,10 +15,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from runtime.errors import ConfigError
+from runtime.presets import LinkEmulation
+from runtime.testbed.arrivals import LoadShape
 from runtime.testbed.rate import LinkShape
 
 MAHIMAHI_PACKET_BITS = 1500 * 8
@@ -62,6 +65,38 @@ class LoadTrace:
     starts_s: tuple[float, ...]
     values: tuple[float, ...]
     period_s: float
+
+    def shape(
+        self, *, service_s: float, arrivals: Literal["poisson", "periodic"] = "poisson", seed: int = 0
+    ) -> LoadShape:
+        """Background requests that load a node like this trace and start over at its end.
+
+        Args:
+            service_s: seconds that one of them keeps the node busy; turns utilisation into a rate.
+            arrivals: how they come.
+            seed: of Poisson arrivals.
+        """
+        factor = 1.0 / service_s if self.kind == "utilization" else 1.0
+        return LoadShape(
+            rates_hz=tuple(factor * value for value in self.values),
+            starts_s=self.starts_s,
+            period_s=self.period_s,
+            arrivals=arrivals,
+            seed=seed,
+        )
+
+
+def shape_link(emulation: LinkEmulation) -> LinkShape:
+    """What a relay is told about one direction of a link.
+
+    Raises:
+        ConfigError: when the trace cannot be read.
+    """
+    if emulation.trace is not None:
+        trace = read_network(Path(emulation.trace))
+        return trace.shape(scale=emulation.scale, delay_s=emulation.delay_s, jitter_s=emulation.jitter_s)
+    rates = () if emulation.rate_bps is None else (float(emulation.rate_bps),)
+    return LinkShape(rates_bps=rates, delay_s=emulation.delay_s or 0.0, jitter_s=emulation.jitter_s)
 
 
 class _SabreEntry(msgspec.Struct):

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from runtime.presets import NodeEmulation
 from runtime.types import CODECS, GraphSpec, NodeProfile, NodeState, Plan, Tier
 
 PROTOCOL_VERSION = 1
@@ -93,7 +94,8 @@ class Described(msgspec.Struct, frozen=True, tag=True):
 
     model_id: str
     graph: GraphSpec
-    profile: NodeProfile
+    profile: NodeProfile  # of the idle node; of the machine it pretends to be where it is emulated
+    emulation: NodeEmulation | None = None
 
 
 class Goodbye(msgspec.Struct, frozen=True, tag=True):
