@@ -17,12 +17,22 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 70
 
-PRINTS = {"agent/cli.py": None, "runtime/node/worker.py": 2, "runtime/testbed/shaping.py": 2}
-"""Where the packages may print, and how often: the command line, and the BOUND and READY lines of a process."""
+PRINTS = {
+    "agent/cli.py": None,
+    "runtime/node/commands.py": 1,
+    "runtime/node/worker.py": 2,
+    "runtime/testbed/load.py": 1,
+    "runtime/testbed/shaping.py": 2,
+}
+"""Where the packages may print, and how often: the command line, and what a process tells the one that started it."""
 
 REQUIRED_FIELDS = {
     "Deployment.model",
     "Deployment.nodes",
+    "LinkConfig.between",
+    "LinkConfig.emulate",
+    "LoadConfig.model",
+    "LoadConfig.target",
     "ModelConfig.spec",
     "NodeConfig.address",
     "NodeConfig.name",

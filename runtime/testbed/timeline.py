@@ -12,7 +12,7 @@ from runtime.testbed.cluster import Cluster
 from runtime.testbed.rate import LinkShape
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SetLink:
     """Give a link another shape; None leaves that direction as it is."""
 
@@ -26,7 +26,7 @@ class SetLink:
         cluster.link(self.near, self.far).shape(up=self.up, down=self.down)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SetBlackHole:
     """Swallow everything on a link, or pass it on again."""
 
@@ -39,7 +39,7 @@ class SetBlackHole:
         cluster.link(self.near, self.far).set_black_hole(self.on)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SetContention:
     """Let a co-tenant slow an emulated node down."""
 
@@ -51,7 +51,7 @@ class SetContention:
         cluster.set_contention(self.node, self.contention)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SetLoad:
     """Give a node other background requests; `LoadShape()` ends them."""
 
@@ -63,7 +63,7 @@ class SetLoad:
         cluster.set_load(self.node, self.shape)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Kill:
     """End a node as a crash would."""
 
@@ -74,7 +74,7 @@ class Kill:
         cluster.kill(self.node)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Restart:
     """Start a node again. It loads its model first, so it is back some seconds after the instant."""
 
