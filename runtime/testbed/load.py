@@ -56,6 +56,7 @@ class LoadReport(msgspec.Struct, frozen=True):
     unsent: int = 0  # due while the node was not there
     queue_s: float = 0.0  # sum over the answers
     service_s: float = 0.0  # sum over the answers: compute alone
+    held_s: float = 0.0  # sum over the answers: how long each kept the node from the next, coding and hand-overs too
     latency_s: float = 0.0  # sum over the answers, as this client saw them
 
     @property
@@ -67,6 +68,11 @@ class LoadReport(msgspec.Struct, frozen=True):
     def mean_service_s(self) -> float:
         """Mean compute seconds; NaN without an answer."""
         return self.service_s / self.answered if self.answered else math.nan
+
+    @property
+    def mean_held_s(self) -> float:
+        """Mean seconds that a request kept the node from the next one; NaN without an answer."""
+        return self.held_s / self.answered if self.answered else math.nan
 
 
 class Load:
@@ -249,7 +255,11 @@ class LoadClient:
                 self._count(**{"busy" if kind == "busy" else "failed": 1})
             case ReceivedData(body=Result(request=number, hops=hops)) if number in self._under_way:
                 latency_s = time.perf_counter() - self._under_way.pop(number)
-                self._count(answered=1, queue_s=hops[0].queue_s, service_s=hops[0].compute_s, latency_s=latency_s)
+                hop = hops[0]
+                held_s = hop.residence_s - hop.queue_s
+                self._count(
+                    answered=1, queue_s=hop.queue_s, service_s=hop.compute_s, held_s=held_s, latency_s=latency_s
+                )
             case Lost():
                 self._count(failed=len(self._under_way))
                 self._under_way.clear()
