@@ -10,12 +10,12 @@ from typing import Annotated, Any, TypeAlias, Union
 
 import tyro
 
-from agent.config import CheckConfig, InferConfig, KeysConfig, LayersConfig, StatusConfig
+from agent.config import CheckConfig, InferConfig, KeysConfig, LayersConfig, MeasureConfig, StatusConfig
 from agent.tables import loading
 from runtime.errors import OffcutError
 from runtime.node.config import WorkerConfig
 
-Config: TypeAlias = WorkerConfig | InferConfig | StatusConfig | CheckConfig | LayersConfig | KeysConfig
+Config: TypeAlias = WorkerConfig | InferConfig | StatusConfig | CheckConfig | LayersConfig | MeasureConfig | KeysConfig
 
 COMMANDS: dict[str, type[Config]] = {
     "worker": WorkerConfig,
@@ -23,6 +23,7 @@ COMMANDS: dict[str, type[Config]] = {
     "status": StatusConfig,
     "check": CheckConfig,
     "layers": LayersConfig,
+    "measure": MeasureConfig,
     "keys": KeysConfig,
 }
 
@@ -74,6 +75,10 @@ def run(command: Config) -> None:
             from agent.keys import run_keys
 
             run_keys(command)
+        case MeasureConfig():
+            from agent.measure import run_measure
+
+            run_measure(command)
 
 
 def version() -> str:

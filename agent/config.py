@@ -162,6 +162,47 @@ class LayersConfig:
                 raise ConfigError(f"expected --{name.replace('_', '-')} >= 1, got {value}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasureConfig:
+    """Measure layers, segments and how well cuts pack, on this machine and on the nodes of a deployment."""
+
+    deployment: Annotated[Path | None, tyro.conf.Positional] = None
+    """A deployment.toml: its model is measured here and on its nodes."""
+
+    model: tuple[str, ...] = ()
+    """Models to measure here, without any deployment: torchvision:NAME, timm:NAME or package.module:factory."""
+
+    weights: str | None = None
+    """Of --model: seeded, pretrained, or a file; none: a factory's own, seeded for a library's model."""
+
+    seed: int = 0
+    """Seed of seeded weights."""
+
+    batch_size: int = 1
+    """Of --model: images per request."""
+
+    threads: int = 1
+    """Torch threads; a profile serves workers with the same number."""
+
+    reprofile: bool = False
+    """Forget what this machine has measured before, for example when its processor was slowed down for good."""
+
+    json: Path | None = None
+    """Write everything to this file."""
+
+    def __post_init__(self) -> None:
+        """Check what is to be measured.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        if (self.deployment is None) == (not self.model):
+            raise ConfigError("expected a deployment.toml or --model SPEC, one of the two; see `offcut measure --help`")
+        for name in ("batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"expected --{name.replace('_', '-')} >= 1, got {getattr(self, name)}")
+
+
 def _check_timeout(timeout_s: float) -> None:
     if not timeout_s > 0:
         raise ConfigError(f"expected --timeout-s > 0, got {timeout_s}")

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from agent.infer import output_error
+from agent.photos import sample_photo
 from agent.report import Sample, plot_timeline, write_tensorboard
 from agent.tables import latency_cells, make_latency_table
 from runtime.deployment import ModelConfig
@@ -135,19 +135,6 @@ def run_demo(config: DemoConfig) -> bool:
         nodes = session.state("encoded", 0, DEADLINE_S).nodes
     overruns = {node.name: node.overruns for node in nodes if node.overruns}
     return _report(console, config, samples, steady, overruns)
-
-
-def sample_photo() -> Path:
-    """A photograph that scikit-learn ships.
-
-    Raises:
-        ModuleNotFoundError: without scikit-learn, with what to install.
-    """
-    try:
-        folder = resources.files("sklearn.datasets.images")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the demo's photograph comes with scikit-learn: pip install offcut[demo]") from error
-    return Path(str(folder / "china.jpg"))
 
 
 def _run_whole(spec: str, photo: Path) -> tuple[Any, GraphSpec]:

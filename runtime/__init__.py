@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from runtime.model.segment import run_local
     from runtime.model.zoo import Model, load_model
     from runtime.planning.policies.registry import PolicySpec, fixed_policy, load_policy, policy_names
+    from runtime.profiles.record import MeasuredModel
+    from runtime.profiles.shipped import load_profiles, load_shipped_profile
     from runtime.testbed.cluster import Cluster
     from runtime.types import Constraints, Plan, SystemState, Tier
 
@@ -23,6 +25,7 @@ _HOMES = {
     "Deployment": "runtime.deployment",
     "InferenceResult": "runtime.device.session",
     "LayerGraph": "runtime.model.graph",
+    "MeasuredModel": "runtime.profiles.record",
     "Model": "runtime.model.zoo",
     "OffcutError": "runtime.errors",
     "Plan": "runtime.types",
@@ -35,6 +38,8 @@ _HOMES = {
     "load_deployment": "runtime.deployment",
     "load_model": "runtime.model.zoo",
     "load_policy": "runtime.planning.policies.registry",
+    "load_profiles": "runtime.profiles.shipped",
+    "load_shipped_profile": "runtime.profiles.shipped",
     "policy_names": "runtime.planning.policies.registry",
     "run_local": "runtime.model.segment",
     "trace": "runtime.model.graph",
@@ -46,6 +51,7 @@ __all__ = [
     "Deployment",
     "InferenceResult",
     "LayerGraph",
+    "MeasuredModel",
     "Model",
     "OffcutError",
     "Plan",
@@ -58,6 +64,8 @@ __all__ = [
     "load_deployment",
     "load_model",
     "load_policy",
+    "load_profiles",
+    "load_shipped_profile",
     "policy_names",
     "run_local",
     "trace",

@@ -153,6 +153,10 @@ class LayerSpec:
     inputs: tuple[str, ...]  # names of the values it reads
     outputs: tuple[str, ...]
     flops: float = 0.0
+    weight_bytes: int = 0  # of the constants it reads
+    window: tuple[int, ...] = ()  # kernel of a convolution or pooling, one size per dimension
+    groups: int = 1  # of a convolution
+    num_ops: int = 1  # operations that run together: norm, activation and addition beside the one that names the kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.cli import parse
-from agent.demo import sample_photo
+from agent.photos import sample_photo
 from runtime.deployment import load_deployment
 from runtime.node.config import NextNode, WorkerConfig
 from runtime.testbed.cluster import Cluster

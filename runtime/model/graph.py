@@ -131,7 +131,7 @@ class _Builder:
         tree = dump_tree(pytree.tree_unflatten(flat, self.program.out_spec))
         spec = GraphSpec(
             graph_id="",
-            layers=_layer_specs(layers, values),
+            layers=_layer_specs(layers, values, self.observed.constants),
             values=values,
             outputs=names,
             output_tree=tree,
@@ -208,14 +208,29 @@ def _stage_layers(model: Model, input_name: str) -> tuple[Layer, ...]:
     return (Layer("decode", "decode", (decoding,), pixels), Layer("normalise", "normalise", (scaling,), pixels))
 
 
-def _layer_specs(layers: Iterable[Layer], values: Iterable[ValueSpec]) -> tuple[LayerSpec, ...]:
+def _layer_specs(
+    layers: Iterable[Layer], values: Iterable[ValueSpec], constants: Mapping[str, torch.Tensor]
+) -> tuple[LayerSpec, ...]:
     listed = {value.name for value in values}
     specs = []
     for layer in layers:
         made = [op.name for op in layer.ops]
         inputs = dict.fromkeys(name for op in layer.ops for name in op.reads if name in listed and name not in made)
         outputs = tuple(name for name in made if name in listed)
-        specs.append(LayerSpec(layer.name, layer.kind, tuple(inputs), outputs, layer.flops))
+        weights = dict.fromkeys(name for op in layer.ops for name in op.reads if name in constants)
+        specs.append(
+            LayerSpec(
+                layer.name,
+                layer.kind,
+                tuple(inputs),
+                outputs,
+                flops=layer.flops,
+                weight_bytes=sum(constants[name].nbytes for name in weights),
+                window=layer.window,
+                groups=layer.groups,
+                num_ops=len(layer.ops),
+            )
+        )
     return tuple(specs)
 
 

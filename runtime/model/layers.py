@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from runtime.errors import ModelError
 from runtime.model.aliasing import Flow
 from runtime.model.kinds import count_flops, find_kind, is_cheap, is_depthwise
-from runtime.model.observe import Seen, describe
-from runtime.model.program import Op, find_refs
+from runtime.model.observe import Seen, bind, describe
+from runtime.model.program import Op, Ref, find_refs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +25,8 @@ class Layer:
     kind: str
     ops: tuple[Op, ...]
     flops: float
+    window: tuple[int, ...] = ()
+    groups: int = 1
 
 
 def group_layers(
@@ -85,8 +87,19 @@ def _describe_layers(
         main = next((op for op in ops if find_kind(op) != "view"), ops[0])
         kind = "depthwise_conv" if is_depthwise(main, shape_of) else find_kind(main)
         flops = sum(_flops(op, shape_of) for op in ops)
-        layers.append(Layer(_unique_name(main, names), kind, tuple(ops), flops))
+        window, groups = _find_window(main, shape_of)
+        layers.append(Layer(_unique_name(main, names), kind, tuple(ops), flops, window, groups))
     return tuple(layers)
+
+
+def _find_window(op: Op, shape_of: Callable[[str], tuple[int, ...] | None]) -> tuple[tuple[int, ...], int]:
+    """Kernel size and groups of a convolution or a pooling; nothing and 1 for other operations."""
+    options = {argument.name: value for argument, value in bind(op)}
+    weight = options.get("weight")
+    if find_kind(op) == "conv" and isinstance(weight, Ref):
+        return (shape_of(weight.name) or ())[2:], int(options.get("groups") or 1)
+    size = options.get("kernel_size", ())
+    return (tuple(size) if isinstance(size, (list, tuple)) else (int(size),)), 1
 
 
 def _flops(op: Op, shape_of: Callable[[str], tuple[int, ...] | None]) -> float:

@@ -96,9 +96,10 @@ class Segment:
         *,
         should_stop: Callable[[], bool] | None = None,
         layer_s: MutableSequence[float] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> tuple[dict[str, torch.Tensor], float]:
-        """Run the layers as `run` does, and measure the seconds until the results are there."""
-        start_s = time.perf_counter()
+        """Run the layers as `run` does, and measure the seconds by `clock` until the results are there."""
+        start_s = clock()
         slots: list[Any] = [None] * self._num_slots
         for slot, spec, seen in self._inputs:
             tensor = self._check(spec, values)
@@ -108,14 +109,14 @@ class Segment:
             for layer, steps in self._steps:
                 if should_stop is not None and should_stop():
                     raise Stopped(f"stopped before layer {layer}")
-                layer_start_s = time.perf_counter()
+                layer_start_s = clock()
                 for step in steps:
                     step(slots)
                 if layer_s is not None:
                     self._synchronise()
-                    layer_s[layer] = time.perf_counter() - layer_start_s
+                    layer_s[layer] = clock() - layer_start_s
         self._synchronise()
-        seconds = time.perf_counter() - start_s
+        seconds = clock() - start_s
         if self.first_run_s is None:
             self.first_run_s = seconds
         return {name: slots[slot] for name, slot in self._outputs}, seconds

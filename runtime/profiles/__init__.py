@@ -1,0 +1,1 @@
+"""Profiles of models: the records, what a machine's measurements mean, and the ones that ship. No torch."""
