@@ -16,7 +16,8 @@ from agent.config import InferConfig
 from agent.preflight import Files, Prepared
 from agent.tables import LATENCY_COLUMNS, latency_cells, latency_line, loading
 from runtime.deployment import Deployment
-from runtime.device.session import InferenceResult, Session, default_log_folder
+from runtime.device.session import InferenceResult, Session
+from runtime.device.telemetry import default_log_folder
 from runtime.errors import InputError, NodeError, OffcutError, TransportError
 from runtime.model.graph import trace
 from runtime.model.segment import run_local

@@ -11,8 +11,7 @@ from rich.table import Table
 from agent.config import StatusConfig
 from runtime.deployment import Deployment, load_deployment
 from runtime.device.ask import NodeAnswer, ask_nodes
-from runtime.device.session import default_log_folder
-from runtime.device.telemetry import read_status
+from runtime.device.telemetry import default_log_folder, read_status
 from runtime.errors import PeerTimeout
 
 STALE_S = 3.0
@@ -42,6 +41,9 @@ def run_status(config: StatusConfig) -> None:
     answers = ask_nodes(deployment, config.timeout_s)
     console.print(_node_table(deployment, answers, session.get("breakers", {}) if session.get("is_running") else {}))
     for name, answer in answers.items():
+        if answer.status is not None and answer.status.state.mode != "real":
+            state = answer.status.state
+            console.print(f"{name}: {state.mode}; {state.overruns} segments took longer than what it emulates")
         if answer.problem:
             console.print(f"{name}: {answer.problem}", markup=False, soft_wrap=True)
     if all(answer.welcome is None for answer in answers.values()):
@@ -66,6 +68,8 @@ def _print_session(console: Console, session: dict[str, Any]) -> None:
     )
     outcomes = ", ".join(f"{k} {n}" for k, n in session["outcomes"].items()) or "none yet"
     console.print(f"requests: {outcomes}")
+    for name, why in session.get("unusable", {}).items():
+        console.print(f"  {name}: {why}" if name not in why else f"  {why}", markup=False, soft_wrap=True)
     for reason, count in session["fallback_reasons"].items():
         console.print(f"  finished on the device, {count}x: {reason}", markup=False)
 

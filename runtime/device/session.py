@@ -20,6 +20,7 @@ from runtime.device.board import RequestFacts
 from runtime.device.client import Client
 from runtime.device.journal import Journal
 from runtime.device.request import PROTECTION_FACTOR, Answer, Request
+from runtime.device.telemetry import default_log_folder
 from runtime.errors import ConfigError, InputError, OffcutError, PeerTimeout
 from runtime.model.graph import unflatten_outputs
 from runtime.model.inputs import Admitted, admit
@@ -435,8 +436,3 @@ def connect(
     if constraints is not None:
         deployment = dataclasses.replace(deployment, constraints=constraints)
     return Session(deployment, policy, log_folder=log_folder)
-
-
-def default_log_folder(deployment: Path) -> Path:
-    """Where a session on this deployment file leaves its events and status."""
-    return deployment.with_suffix(".offcut")

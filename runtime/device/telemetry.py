@@ -92,3 +92,8 @@ def read_status(folder: Path) -> dict[str, Any]:
     """
     status: dict[str, Any] = msgspec.json.decode((folder / STATUS_FILE).read_bytes())
     return status
+
+
+def default_log_folder(deployment: Path) -> Path:
+    """Where a session on this deployment file leaves its events and status."""
+    return deployment.with_suffix(".offcut")
