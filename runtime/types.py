@@ -257,6 +257,9 @@ class LinkState:
     mean_bandwidth_bps: float = math.nan
     rtt_s: float = math.nan
     backlog_bytes: int = 0
+    in_flight_bytes: int = 0
+    in_flight_s: float = math.nan
+    """The transfer under way: its bytes, and how long it has taken so far; NaN when there is none or it is not known."""
 
 
 @dataclass(frozen=True, slots=True)

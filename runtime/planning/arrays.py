@@ -1,0 +1,182 @@
+"""`SystemState` as arrays with a leading batch axis: one code serves one request on a device and many environments.
+
+A `Layout` fixes which slot belongs to which node and directed link. A slot that the deployment does not fill is named
+"" and absent in every state; a reading that was never taken is NaN with age inf, as in the record.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.deployment import Deployment
+from runtime.types import DEVICE_NODE, LinkState, NodeState, SystemState
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+IntArray: TypeAlias = npt.NDArray[np.intp]
+Link: TypeAlias = tuple[str, str]
+
+NUM_SAMPLES = 8
+"""Bandwidth samples per link, newest first."""
+
+NUM_ERRORS = 8
+"""Recent prediction errors, newest first."""
+
+EDGE_SLOTS = 3
+"""Edge slots of a deployment with fewer edge nodes; one with more has as many slots as nodes."""
+
+_NAN = float("nan")
+_INF = float("inf")
+_LINK_COLUMNS = 2 * NUM_SAMPLES + 5
+_NODE_COLUMNS = 6
+_NO_LINK = (_NAN,) * NUM_SAMPLES + (_INF,) * NUM_SAMPLES + (_NAN, _NAN, 0.0, 0.0, _NAN)
+_NO_NODE = (0.0, _NAN, _NAN, 0.0, _NAN, _INF)
+_DEVICE = (1.0, 1.0, 0.0, 0.0, _NAN, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Slots of nodes and directed links; `node_slot` and `link_slot` find them by name."""
+
+    nodes: tuple[str, ...]  # the device first; "" is a slot without a node
+    links: tuple[Link, ...]  # ("", "") is a slot without a link
+    node_slot: dict[str, int]
+    link_slot: dict[Link, int]
+    reverse: IntArray  # (num_links,) slot of the opposite direction, its own where there is none
+
+    @classmethod
+    def of_deployment(cls, deployment: Deployment) -> "Layout":
+        """Lay out a deployment: device, `EDGE_SLOTS` edges or more, cloud.
+
+        Links, both directions each: device - edge per edge, edge - cloud per edge, device - cloud, edge - edge.
+        """
+        edges = [node.name for node in deployment.edges]
+        edges += [""] * (EDGE_SLOTS - len(edges))
+        cloud = "" if deployment.cloud is None else deployment.cloud.name
+        ends = [(DEVICE_NODE, edge) for edge in edges]
+        ends += [(edge, cloud) for edge in edges]
+        ends += [(DEVICE_NODE, cloud)]
+        ends += [(a, b) for i, a in enumerate(edges) for b in edges[i + 1 :]]
+        both = [(a, b) if a and b else ("", "") for a, b in ends]
+        return _layout((DEVICE_NODE, *edges, cloud), tuple(x for a, b in both for x in ((a, b), (b, a))))
+
+    @classmethod
+    def of_state(cls, state: SystemState) -> "Layout":
+        """Lay out just what a state holds, in its order."""
+        return _layout((DEVICE_NODE, *(n.name for n in state.nodes)), tuple((x.source, x.target) for x in state.links))
+
+
+@lru_cache(maxsize=256)
+def _layout(nodes: tuple[str, ...], links: tuple[Link, ...]) -> Layout:
+    node_slot = {name: slot for slot, name in enumerate(nodes) if name}
+    link_slot = {link: slot for slot, link in enumerate(links) if link[0]}
+    reverse = np.array([link_slot.get((b, a), slot) for slot, (a, b) in enumerate(links)], dtype=np.intp)
+    return Layout(nodes, links, node_slot, link_slot, reverse)
+
+
+@dataclass(frozen=True, slots=True)
+class StateArrays:
+    """A batch of states. B: batch, N: node slots, L: link slots; NaN: unknown."""
+
+    bandwidth_bps: FloatArray  # (B, L, NUM_SAMPLES) newest first
+    sample_age_s: FloatArray  # (B, L, NUM_SAMPLES) inf where there is no sample
+    mean_bandwidth_bps: FloatArray  # (B, L)
+    rtt_s: FloatArray  # (B, L)
+    backlog_bytes: FloatArray  # (B, L)
+    in_flight_bytes: FloatArray  # (B, L)
+    in_flight_s: FloatArray  # (B, L) NaN where nothing is under way
+    is_up: BoolArray  # (B, N) the device always
+    load_factor: FloatArray  # (B, N)
+    queue_delay_s: FloatArray  # (B, N)
+    queue_length: FloatArray  # (B, N)
+    utilisation_frac: FloatArray  # (B, N)
+    node_age_s: FloatArray  # (B, N) inf: never heard of
+    device_backlog_s: FloatArray  # (B,)
+    uplink_backlog_bytes: FloatArray  # (B,)
+    request_rate_hz: FloatArray  # (B,)
+    input_bytes: FloatArray  # (B,)
+    deadline_s: FloatArray  # (B,)
+    recent_errors: FloatArray  # (B, NUM_ERRORS) newest first
+
+
+def encode_states(layout: Layout, states: Sequence[SystemState]) -> StateArrays:
+    """Convert records to arrays; nodes and links that the layout does not know are left out."""
+    num_links, num_nodes = len(layout.links), len(layout.nodes)
+    flat: list[float] = []
+    for state in states:
+        _append(flat, layout, state)
+    packed = np.array(flat, dtype=np.float64).reshape(len(states), -1)
+    of_links = packed[:, : num_links * _LINK_COLUMNS].reshape(len(states), num_links, _LINK_COLUMNS)
+    begin = num_links * _LINK_COLUMNS
+    of_nodes = packed[:, begin : begin + num_nodes * _NODE_COLUMNS].reshape(len(states), num_nodes, _NODE_COLUMNS)
+    rest = packed[:, begin + num_nodes * _NODE_COLUMNS :]
+    scalars = 2 * NUM_SAMPLES
+    return StateArrays(
+        bandwidth_bps=of_links[:, :, :NUM_SAMPLES],
+        sample_age_s=of_links[:, :, NUM_SAMPLES:scalars],
+        mean_bandwidth_bps=of_links[:, :, scalars],
+        rtt_s=of_links[:, :, scalars + 1],
+        backlog_bytes=of_links[:, :, scalars + 2],
+        in_flight_bytes=of_links[:, :, scalars + 3],
+        in_flight_s=of_links[:, :, scalars + 4],
+        is_up=of_nodes[:, :, 0] > 0,
+        load_factor=of_nodes[:, :, 1],
+        queue_delay_s=of_nodes[:, :, 2],
+        queue_length=of_nodes[:, :, 3],
+        utilisation_frac=of_nodes[:, :, 4],
+        node_age_s=of_nodes[:, :, 5],
+        device_backlog_s=rest[:, 0],
+        uplink_backlog_bytes=rest[:, 1],
+        request_rate_hz=rest[:, 2],
+        input_bytes=rest[:, 3],
+        deadline_s=rest[:, 4],
+        recent_errors=rest[:, 5:],
+    )
+
+
+def _append(flat: list[float], layout: Layout, state: SystemState) -> None:
+    """Append one state's numbers: links, nodes, then what belongs to neither."""
+    begin = len(flat)
+    flat.extend(_NO_LINK * len(layout.links))
+    for link in state.links:
+        slot = layout.link_slot.get((link.source, link.target))
+        if slot is not None:
+            at = begin + slot * _LINK_COLUMNS
+            flat[at : at + _LINK_COLUMNS] = _link_numbers(link)
+    begin = len(flat)
+    flat.extend(_DEVICE)
+    flat.extend(_NO_NODE * (len(layout.nodes) - 1))
+    for node in state.nodes:
+        slot = layout.node_slot.get(node.name)
+        if slot is not None:
+            at = begin + slot * _NODE_COLUMNS
+            flat[at : at + _NODE_COLUMNS] = _node_numbers(node)
+    flat += (
+        state.device_backlog_s,
+        state.uplink_backlog_bytes,
+        state.request_rate_hz,
+        state.input_bytes,
+        state.deadline_s,
+    )
+    errors = state.recent_errors[:NUM_ERRORS]
+    flat += errors
+    flat += (_NAN,) * (NUM_ERRORS - len(errors))
+
+
+def _link_numbers(link: LinkState) -> list[float]:
+    samples = link.samples[:NUM_SAMPLES]
+    missing = NUM_SAMPLES - len(samples)
+    numbers = [sample.bandwidth_bps for sample in samples]
+    numbers += (_NAN,) * missing
+    numbers += [sample.age_s for sample in samples]
+    numbers += (_INF,) * missing
+    numbers += (link.mean_bandwidth_bps, link.rtt_s, link.backlog_bytes, link.in_flight_bytes, link.in_flight_s)
+    return numbers
+
+
+def _node_numbers(node: NodeState) -> tuple[float, ...]:
+    return (node.is_up, node.load_factor, node.queue_delay_s, node.queue_length, node.utilisation_frac, node.age_s)
