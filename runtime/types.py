@@ -23,6 +23,11 @@ CODECS = ("auto", "raw", "lossless", "fp16", "int8")
 LOSSY_CODECS = ("fp16", "int8")
 
 
+def result_codec(codec: str) -> str:
+    """Codec of results under a plan: outputs never lose precision on the way back."""
+    return "auto" if codec in LOSSY_CODECS else codec
+
+
 class Tier(enum.IntEnum):
     """Where a layer runs. The order is the order data may flow in."""
 

@@ -5,9 +5,9 @@ A `Layout` fixes which slot belongs to which node and directed link. A slot that
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ _LINK_COLUMNS = 2 * NUM_SAMPLES + 5
 _NODE_COLUMNS = 6
 _NO_LINK = (_NAN,) * NUM_SAMPLES + (_INF,) * NUM_SAMPLES + (_NAN, _NAN, 0.0, 0.0, _NAN)
 _NO_NODE = (0.0, _NAN, _NAN, 0.0, _NAN, _INF)
+_NO_REQUEST = (0.0, 0.0, _NAN, 0.0, _NAN)
 _DEVICE = (1.0, 1.0, 0.0, 0.0, _NAN, 0.0)
 
 
@@ -103,16 +104,36 @@ class StateArrays:
     recent_errors: FloatArray  # (B, NUM_ERRORS) newest first
 
 
+Record = TypeVar("Record")
+
+
+def take_rows(record: Record, rows: slice | IntArray) -> Record:
+    """Pick rows of every array of a batch, whichever record it is."""
+    names = (field.name for field in fields(record))  # type: ignore[arg-type]
+    return type(record)(*(getattr(record, name)[rows] for name in names))
+
+
+def blank_states(layout: Layout, count: int) -> StateArrays:
+    """Make a batch in which nothing was measured and no node is up."""
+    num_links, num_nodes = len(layout.links), len(layout.nodes)
+    flat = (*(_NO_LINK * num_links), *_DEVICE, *(_NO_NODE * (num_nodes - 1)), *_NO_REQUEST, *(_NAN,) * NUM_ERRORS)
+    return _unpack(layout, np.tile(np.array(flat, dtype=np.float64), (count, 1)))
+
+
 def encode_states(layout: Layout, states: Sequence[SystemState]) -> StateArrays:
     """Convert records to arrays; nodes and links that the layout does not know are left out."""
-    num_links, num_nodes = len(layout.links), len(layout.nodes)
     flat: list[float] = []
     for state in states:
         _append(flat, layout, state)
-    packed = np.array(flat, dtype=np.float64).reshape(len(states), -1)
-    of_links = packed[:, : num_links * _LINK_COLUMNS].reshape(len(states), num_links, _LINK_COLUMNS)
+    return _unpack(layout, np.array(flat, dtype=np.float64).reshape(len(states), -1))
+
+
+def _unpack(layout: Layout, packed: FloatArray) -> StateArrays:
+    """Name the columns of packed states, shape (B, columns): views, no copies."""
+    count, num_links, num_nodes = len(packed), len(layout.links), len(layout.nodes)
+    of_links = packed[:, : num_links * _LINK_COLUMNS].reshape(count, num_links, _LINK_COLUMNS)
     begin = num_links * _LINK_COLUMNS
-    of_nodes = packed[:, begin : begin + num_nodes * _NODE_COLUMNS].reshape(len(states), num_nodes, _NODE_COLUMNS)
+    of_nodes = packed[:, begin : begin + num_nodes * _NODE_COLUMNS].reshape(count, num_nodes, _NODE_COLUMNS)
     rest = packed[:, begin + num_nodes * _NODE_COLUMNS :]
     scalars = 2 * NUM_SAMPLES
     return StateArrays(

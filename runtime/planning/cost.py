@@ -1,9 +1,42 @@
-"""What a plan is expected to cost in a given state."""
+"""What plans are expected to cost in given states: one array function for any plan, any number of them, any batch."""
 
 import math
+from dataclasses import dataclass
 
-from runtime.planning.problem import PlanningProblem, find_route
-from runtime.types import DEVICE_NODE, GraphSpec, LatencyBreakdown, LinkState, NodeState, Plan, SystemState, Tier
+import numpy as np
+
+from runtime.planning.arrays import FloatArray, Layout, StateArrays, encode_states
+from runtime.planning.estimators import (
+    NOMINAL_BANDWIDTH_BPS,
+    NOMINAL_RTT_S,
+    ArrayEstimator,
+    ReadingsArrays,
+    tuned_arrays,
+)
+from runtime.planning.problem import PlanningProblem
+from runtime.planning.rows import NUM_HOPS, PlanCosts, compile_plan
+from runtime.types import LatencyBreakdown, Plan, SystemState, Tier
+
+PARTS = (
+    "device",
+    "edge",
+    "cloud",
+    "uplink",
+    "backbone_up",
+    "backbone_down",
+    "downlink",
+    "round_trips",
+    "codec",
+    "wait_device",
+    "wait_uplink",
+    "wait_backbone",
+    "wait_nodes",
+    "messages",
+)
+"""Parts of a predicted latency in seconds. A plan straight to the cloud uses uplink and downlink, no backbone."""
+
+_ONES = np.ones(len(PARTS))
+_UPLINK, _ROUND_TRIPS = PARTS.index("uplink"), PARTS.index("round_trips")
 
 
 def sum_layers(layer_s: tuple[float, ...], layers: tuple[int, ...]) -> float:
@@ -11,86 +44,143 @@ def sum_layers(layer_s: tuple[float, ...], layers: tuple[int, ...]) -> float:
     return math.fsum(layer_s[i] for i in layers)
 
 
-def value_bytes(graph: GraphSpec, names: tuple[str, ...], input_bytes: int) -> int:
-    """Raw bytes of the named values; an encoded input counts as what the request really brings."""
-    wanted = set(names)
-    sized = sum(v.tensor.nbytes for v in graph.values if v.name in wanted and v.is_sized)
-    has_encoded = any(v.name in wanted and not v.is_sized for v in graph.values)
-    return sized + (input_bytes if has_encoded else 0)
+@dataclass(frozen=True, slots=True)
+class _LinkTimes:
+    """What the links make of the plans. B: batch, K: plans, H: transfers."""
+
+    s_per_byte: FloatArray  # (B, K, H)
+    half_rtt_s: FloatArray  # (B, K, H) 0 where there is no transfer
 
 
-def estimate(problem: PlanningProblem, plan: Plan, state: SystemState) -> LatencyBreakdown:
-    """Predict one plan's latency from the last readings: bandwidth, load factor k and queue delay q.
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """A prediction before it is put together."""
 
-    A reading that is missing makes the part it belongs to NaN, and with it the total.
+    compute: FloatArray  # (B, K, 3)
+    transfer: FloatArray  # (B, K, H)
+    single: tuple[FloatArray, ...]  # the parts from `round_trips` on, each broadcasts to (B, K)
+
+
+def predict(costs: PlanCosts, readings: ReadingsArrays, state: StateArrays) -> FloatArray:
+    """Predict the latency of every plan in every state, shape (B, K, len(PARTS)), seconds.
+
+    Compute is idle seconds times k; a transfer is bytes over rate, coded where that is expected to be faster; each
+    round trip counts once; waiting is the device's backlog where the device runs layers, what the uplink's queue still
+    holds when the tensors are ready, the head's queue towards the cloud, and q of every node that runs layers. The
+    device's links count as one uplink with one queue. NaN where a node's profile is not known.
+
+    Args:
+        costs: the plans' rows.
+        readings: what is believed of links and nodes; unknown links are completed with nominal values.
+        state: input bytes and backlogs.
     """
-    route = find_route(problem.graph, plan, problem.input_kind)
-    names = _node_names(problem, plan)
-    compute: dict[str, float] = {}
-    queueing = state.device_backlog_s if route.device.layers else 0.0
-    fixed = 0.0
-    for tier in route.tiers:
-        layers = route.stage(tier).layers
-        profile = problem.profile.nodes.get(names[tier])
-        node = state.node(names[tier])
-        if layers:
-            idle_s = math.nan if profile is None else sum_layers(profile.layer_s, layers)
-            compute[names[tier]] = idle_s * _load_factor(tier, node)
-            queueing += _queue_delay(tier, node)
-        if profile is not None and tier is not Tier.DEVICE:
-            fixed += profile.fixed_s
-    transfer = _transfers(problem, plan, state, names)
-    total = sum(compute.values()) + sum(transfer.values()) + queueing + fixed
-    return LatencyBreakdown(
-        compute_s=compute,
-        codec_s=0.0,
-        transfer_s=transfer,
-        queueing_s=queueing,
-        decision_s=0.0,
-        other_s=fixed,
-        total_s=total,
-        source="estimated",
+    terms = _predict_terms(costs, readings, state)
+    parts = np.empty((len(state.input_bytes), costs.num_plans, len(PARTS)))
+    parts[..., :_UPLINK] = terms.compute
+    parts[..., _UPLINK:_ROUND_TRIPS] = terms.transfer
+    for part, single in enumerate(terms.single, start=_ROUND_TRIPS):
+        parts[..., part] = single
+    return parts
+
+
+def predict_total(costs: PlanCosts, readings: ReadingsArrays, state: StateArrays) -> FloatArray:
+    """Predict as `predict` does, but only the sum of the parts, shape (B, K)."""
+    terms = _predict_terms(costs, readings, state)
+    total: FloatArray = terms.compute @ _ONES[:3] + terms.transfer @ _ONES[:NUM_HOPS]
+    for single in terms.single:
+        total += single
+    return total
+
+
+def total_s(parts: FloatArray) -> FloatArray:
+    """Add up the parts: shape (B, K)."""
+    total: FloatArray = parts @ _ONES
+    return total
+
+
+def _predict_terms(costs: PlanCosts, readings: ReadingsArrays, state: StateArrays) -> _Terms:
+    links = _link_times(costs, readings)
+    compute = readings.load_factor.take(costs.node, axis=1) * costs.idle_s
+    transfer, codec = _transfers(costs, links, state.input_bytes)
+    wait_uplink = state.uplink_backlog_bytes[:, None] * links.s_per_byte[..., 0] * costs.has_hop[:, 0]
+    backbone_bytes = state.backlog_bytes.take(costs.link[:, 1], axis=1) * costs.has_hop[:, 1]
+    queue_s = readings.queue_delay_s.take(costs.node, axis=1)
+    single = (
+        links.half_rtt_s @ _ONES[:NUM_HOPS],
+        codec,
+        state.device_backlog_s[:, None] * costs.has_layers[:, 0],
+        np.maximum(wait_uplink - compute[..., 0], 0.0),
+        backbone_bytes * links.s_per_byte[..., 1],
+        queue_s[..., 1] * costs.has_layers[:, 1] + queue_s[..., 2] * costs.has_layers[:, 2],
+        costs.message_s,
+    )
+    return _Terms(compute, transfer, single)
+
+
+def _link_times(costs: PlanCosts, readings: ReadingsArrays) -> _LinkTimes:
+    bandwidth = _complete(readings.bandwidth_bps, costs.layout, NOMINAL_BANDWIDTH_BPS)
+    rtt = _complete(readings.rtt_s, costs.layout, NOMINAL_RTT_S)
+    return _LinkTimes(
+        s_per_byte=(8.0 / bandwidth).take(costs.link, axis=1),
+        half_rtt_s=(0.5 * rtt).take(costs.link, axis=1) * costs.has_hop,
     )
 
 
-def _node_names(problem: PlanningProblem, plan: Plan) -> dict[Tier, str]:
-    cloud = problem.deployment.cloud
-    return {
-        Tier.DEVICE: DEVICE_NODE,
-        Tier.EDGE: plan.head or "",
-        Tier.CLOUD: "" if cloud is None else cloud.name,
-    }
+def _complete(readings: FloatArray, layout: Layout, nominal: float) -> FloatArray:
+    """Replace unknown readings by the opposite direction's, else by the nominal value."""
+    unknown = np.isnan(readings)
+    if not unknown.any():
+        return readings
+    opposite = readings.take(layout.reverse, axis=1)
+    return np.where(unknown, np.where(np.isnan(opposite), nominal, opposite), readings)
 
 
-def _load_factor(tier: Tier, node: NodeState | None) -> float:
-    if tier is Tier.DEVICE:
-        return 1.0
-    return math.nan if node is None else node.load_factor
+def _transfers(costs: PlanCosts, links: _LinkTimes, input_bytes: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Seconds on every link, shape (B, K, H), and of the codec, shape (B, K)."""
+    saved_s = costs.saved_bytes * links.s_per_byte
+    is_coded = saved_s > costs.coding_s
+    if costs.has_relays:  # the head passes on what came in as it came: the first sender decided for both links
+        relayed = costs.is_relayed > 0
+        is_coded[..., 1] = np.where(relayed, is_coded[..., 0], is_coded[..., 1])
+        is_coded[..., 3] = np.where(relayed, is_coded[..., 2], is_coded[..., 3])
+    sent_bytes = costs.plain_bytes
+    if costs.sends_input:
+        sent_bytes = sent_bytes + costs.has_input * input_bytes[:, None, None]
+    transfer = sent_bytes * links.s_per_byte
+    transfer -= saved_s * is_coded
+    return transfer, (costs.coding_s * is_coded) @ _ONES[:NUM_HOPS] + costs.plain_codec_s
 
 
-def _queue_delay(tier: Tier, node: NodeState | None) -> float:
-    if tier is Tier.DEVICE:
-        return 0.0
-    return math.nan if node is None else node.queue_delay_s
+def estimate(
+    problem: PlanningProblem, plan: Plan, state: SystemState, estimator: ArrayEstimator = tuned_arrays
+) -> LatencyBreakdown:
+    """Predict one plan's latency in one state: `predict` with batch 1.
+
+    A node whose profile is not known makes its part NaN, and with it the total.
+    """
+    costs = compile_plan(problem, plan)
+    arrays = encode_states(costs.layout, (state,))
+    readings = estimator(arrays)
+    return describe(costs, predict(costs, readings, arrays)[0, 0], readings)
 
 
-def _transfers(problem: PlanningProblem, plan: Plan, state: SystemState, names: dict[Tier, str]) -> dict[str, float]:
-    """Seconds on every directed link the request and its result take."""
-    route = find_route(problem.graph, plan, problem.input_kind)
+def describe(costs: PlanCosts, parts: FloatArray, readings: ReadingsArrays, row: int = 0) -> LatencyBreakdown:
+    """Put one plan's predicted parts, shape (len(PARTS),), into a record; `readings` has batch 1."""
+    layout, by_part = costs.layout, dict(zip(PARTS, parts.tolist(), strict=True))
+    half_rtt_s = _link_times(costs, readings).half_rtt_s[0, row]
     transfer: dict[str, float] = {}
-    for hop, crossing in enumerate(route.up):
-        near, far = route.tiers[hop], route.tiers[hop + 1]
-        up_bytes = value_bytes(problem.graph, crossing, state.input_bytes)
-        made_beyond = {name for tier in route.tiers[hop + 1 :] for name in route.stage(tier).makes}
-        down = tuple(name for name in problem.graph.outputs if name in made_beyond)
-        down_bytes = value_bytes(problem.graph, down, 0)
-        for source, target, nbytes in ((near, far, up_bytes), (far, near, down_bytes)):
-            link = state.link(names[source], names[target])
-            transfer[f"{names[source]}>{names[target]}"] = _transfer_s(nbytes, link)
-    return transfer
-
-
-def _transfer_s(nbytes: int, link: LinkState | None) -> float:
-    if link is None or not link.samples:
-        return math.nan
-    return nbytes * 8.0 / link.samples[0].bandwidth_bps + link.rtt_s / 2.0
+    for hop in range(NUM_HOPS):
+        if costs.has_hop[row, hop]:
+            source, target = layout.links[costs.link[row, hop]]
+            transfer[f"{source}>{target}"] = float(parts[_UPLINK + hop] + half_rtt_s[hop])
+    nodes = [layout.nodes[slot] for slot in costs.node[row]]
+    return LatencyBreakdown(
+        compute_s={nodes[tier]: by_part[tier.label] for tier in Tier if costs.has_layers[row, tier]},
+        codec_s=by_part["codec"],
+        transfer_s=transfer,
+        queueing_s=math.fsum(by_part[name] for name in PARTS if name.startswith("wait_")),
+        decision_s=0.0,
+        other_s=by_part["messages"],
+        total_s=float(total_s(parts)),
+        source="estimated",
+    )

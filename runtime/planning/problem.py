@@ -10,9 +10,12 @@ from runtime.errors import PlanError
 from runtime.types import CODECS, LOSSY_CODECS, Constraints, GraphSpec, ModelProfile, Plan, SystemState, Tier
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PlanningProblem:
-    """One model, one input kind, one deployment, one set of constraints: a policy is built for exactly this."""
+    """One model, one input kind, one deployment, one set of constraints: a policy is built for exactly this.
+
+    Compared and hashed by identity, so that what is worked out for a problem can be cached under it.
+    """
 
     profile: ModelProfile
     deployment: Deployment

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from runtime.errors import ProtocolError
-from runtime.types import LOSSY_CODECS
+from runtime.types import result_codec as result_codec  # packing and its caller name it together
 from runtime.wire.codec import AutoCodec, decode
 from runtime.wire.events import Buffer, Limits
 from runtime.wire.messages import TensorHeader
@@ -57,11 +57,6 @@ def pack(
         headers.append(header)
         frames.append(frame)
     return Packed(tuple(headers), tuple(frames), time.perf_counter() - start_s)
-
-
-def result_codec(codec: str) -> str:
-    """Codec of results under a plan: outputs never lose precision on the way back."""
-    return "auto" if codec in LOSSY_CODECS else codec
 
 
 def unpack(packed: Packed, expected: Sequence[str], limits: Limits) -> dict[str, torch.Tensor]:
