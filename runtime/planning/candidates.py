@@ -26,6 +26,9 @@ NUM_CANDIDATES = 32
 NUM_CONDITIONS = 512
 """Conditions that the pool is drawn from. Guess: twice as many leave the regret where it is (see the test)."""
 
+_DOWN_COST = 1e9
+"""Seconds: beyond any latency."""
+
 _CHUNK = 16
 """Conditions weighed at once: keeps arrays over all splits within a few megabytes."""
 
@@ -50,7 +53,8 @@ class Candidates:
     plans: tuple[Plan, ...]  # (K,) places beyond `num_plans` repeat the first plan
     costs: PlanCosts  # K rows
     num_plans: int
-    is_legal: BoolArray  # (K,) False in the padding
+    down_cost: FloatArray  # (N, K) large for every node that a plan needs
+    padding_cost: FloatArray  # (K,) larger still in the padding
     index: dict[Plan, int]
     pool_size: int
     """Splits that were best under some condition, before the greedy cover."""
@@ -58,12 +62,20 @@ class Candidates:
     """Mean of (best of these / best of all splits) - 1 over the conditions."""
 
     def mask(self, state: StateArrays) -> BoolArray:
-        """Which candidates every node that they need is up for, shape (B, K).
+        """Which candidates may be chosen, shape (B, K): the legal ones whose nodes are all up.
 
-        When nothing is left, because the device holds no model and no node is up, the legal ones stay.
+        Where there is none, because the device holds no model and no node is up, the legal ones that need the fewest
+        nodes that are down.
         """
-        usable = (~state.is_up @ self.costs.needs.T == 0) & self.is_legal
-        return np.where(usable.any(axis=1, keepdims=True), usable, self.is_legal)
+        penalty = self.penalty(state)
+        mask: BoolArray = penalty <= penalty.min(axis=1, keepdims=True)
+        return mask
+
+    def penalty(self, state: StateArrays) -> FloatArray:
+        """What to add to the candidates' costs so that a minimum obeys `mask`, shape (B, K): 0 where it allows."""
+        down = 1.0 - state.is_up
+        penalty: FloatArray = down @ self.down_cost + self.padding_cost
+        return penalty
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +112,8 @@ def candidates(problem: PlanningProblem) -> Candidates:
         plans=picked,
         costs=costs.take(rows),
         num_plans=len(chosen),
-        is_legal=np.arange(NUM_CANDIDATES) < len(chosen),
+        down_cost=costs.full("needs")[rows].T * _DOWN_COST,
+        padding_cost=np.where(np.arange(NUM_CANDIDATES) < len(chosen), 0.0, _DOWN_COST**2),
         index={plan: index for index, plan in enumerate(picked[: len(chosen)])},
         pool_size=len(plans),
         regret=regret,

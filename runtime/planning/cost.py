@@ -104,14 +104,14 @@ def _predict_terms(costs: PlanCosts, readings: ReadingsArrays, state: StateArray
     transfer, codec = _transfers(costs, links, state.input_bytes)
     wait_uplink = state.uplink_backlog_bytes[:, None] * links.s_per_byte[..., 0] * costs.has_hop[:, 0]
     backbone_bytes = state.backlog_bytes.take(costs.link[:, 1], axis=1) * costs.has_hop[:, 1]
-    queue_s = readings.queue_delay_s.take(costs.node, axis=1)
+    queue_s = readings.queue_delay_s.take(costs.node, axis=1) * costs.has_layers  # the device's own is 0
     single = (
         links.half_rtt_s @ _ONES[:NUM_HOPS],
         codec,
         state.device_backlog_s[:, None] * costs.has_layers[:, 0],
         np.maximum(wait_uplink - compute[..., 0], 0.0),
         backbone_bytes * links.s_per_byte[..., 1],
-        queue_s[..., 1] * costs.has_layers[:, 1] + queue_s[..., 2] * costs.has_layers[:, 2],
+        queue_s @ _ONES[:3],
         costs.message_s,
     )
     return _Terms(compute, transfer, single)
@@ -140,9 +140,7 @@ def _transfers(costs: PlanCosts, links: _LinkTimes, input_bytes: FloatArray) -> 
     saved_s = costs.saved_bytes * links.s_per_byte
     is_coded = saved_s > costs.coding_s
     if costs.has_relays:  # the head passes on what came in as it came: the first sender decided for both links
-        relayed = costs.is_relayed > 0
-        is_coded[..., 1] = np.where(relayed, is_coded[..., 0], is_coded[..., 1])
-        is_coded[..., 3] = np.where(relayed, is_coded[..., 2], is_coded[..., 3])
+        np.copyto(is_coded[..., 1::2], is_coded[..., 0::2], where=costs.is_relayed[:, None])
     sent_bytes = costs.plain_bytes
     if costs.sends_input:
         sent_bytes = sent_bytes + costs.has_input * input_bytes[:, None, None]

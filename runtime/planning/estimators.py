@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from runtime.planning.arrays import FloatArray, Layout, StateArrays, encode_states
+from runtime.planning.arrays import NUM_SAMPLES, FloatArray, Layout, StateArrays, encode_states
 from runtime.types import SystemState
 
 NOMINAL_BANDWIDTH_BPS = 20e6
@@ -106,6 +106,7 @@ def last_value_arrays(state: StateArrays) -> ReadingsArrays:
 
 
 _FRESH = TunedSettings()
+_ONES = np.ones(NUM_SAMPLES)
 
 
 def tuned_arrays(state: StateArrays, settings: TunedSettings = _FRESH) -> ReadingsArrays:
@@ -118,25 +119,24 @@ def tuned_arrays(state: StateArrays, settings: TunedSettings = _FRESH) -> Readin
     References:
         Ours; the time constant is from a feasibility study on synthetic traces.
     """
-    has_sample = ~np.isnan(state.bandwidth_bps)
-    log_samples = np.log(np.where(has_sample, np.maximum(state.bandwidth_bps, MIN_BANDWIDTH_BPS), 1.0))
+    rate = -1.0 / settings.bandwidth_time_s
+    log_samples = np.log(np.maximum(state.bandwidth_bps, MIN_BANDWIDTH_BPS))
     newest_age_s = state.sample_age_s[..., :1]
-    known = np.isfinite(newest_age_s)
     # Relative to the newest, so that old samples of a link without a mean still have a weight above 0.
-    age_s = np.where(has_sample, state.sample_age_s - np.where(known, newest_age_s, 0.0), np.inf)
-    relative = np.exp(age_s * (-1.0 / settings.bandwidth_time_s))
-    weight = relative.sum(axis=-1)
-    log_rate = (relative * log_samples).sum(axis=-1) / np.maximum(weight, 1e-300)
-    weight = weight * np.exp(newest_age_s[..., 0] * (-1.0 / settings.bandwidth_time_s))
+    relative = np.exp((state.sample_age_s - newest_age_s) * rate)
+    weight = relative @ _ONES
+    log_rate = (relative * log_samples) @ _ONES / weight
+    weight = weight * np.exp(newest_age_s[..., 0] * rate)
     trust = weight / (weight + settings.mean_weight)
     log_mean = np.log(np.maximum(state.mean_bandwidth_bps, MIN_BANDWIDTH_BPS))
-    log_rate = np.where(np.isnan(log_mean), log_rate, trust * log_rate + (1.0 - trust) * log_mean)
-    bandwidth = np.where(known[..., 0] | ~np.isnan(log_mean), np.exp(log_rate), np.nan)
-    capped = np.fmin(bandwidth, state.in_flight_bytes * 8.0 / np.maximum(state.in_flight_s, 1e-9))
+    log_both = log_mean + trust * (log_rate - log_mean)
+    # With one of the two unknown, the other; fmax ignores what is not a number.
+    bandwidth = np.exp(np.where(np.isnan(log_both), np.fmax(log_rate, log_mean), log_both))
+    bandwidth = np.maximum(np.minimum(bandwidth, state.rate_cap_bps), MIN_BANDWIDTH_BPS)
     stale_s = np.maximum(state.node_age_s - settings.stale_after_s, 0.0)
     decay = np.exp(stale_s * (-1.0 / settings.load_time_s))
     return ReadingsArrays(
-        bandwidth_bps=np.maximum(np.where(np.isnan(bandwidth), np.nan, capped), MIN_BANDWIDTH_BPS),
+        bandwidth_bps=bandwidth,
         rtt_s=state.rtt_s,
         load_factor=1.0 + decay * (np.fmax(state.load_factor, 1.0) - 1.0),
         queue_delay_s=decay * np.fmax(state.queue_delay_s, 0.0),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.planning.arrays import FloatArray, IntArray, Layout
+from runtime.planning.arrays import BoolArray, FloatArray, IntArray, Layout
 from runtime.planning.problem import PlanningProblem, find_route
 from runtime.types import DEVICE_NODE, LOSSY_CODECS, ModelProfile, NodeProfile, Plan, Tier, ValueSpec, result_codec
 
@@ -43,7 +43,7 @@ class PlanCosts:
     plain_codec_s: FloatArray  # (K,) codec seconds that no choice avoids
     coding_s: FloatArray  # (K, H)
     has_input: FloatArray  # (K, H) 1 where the encoded input is among what is sent
-    is_relayed: FloatArray  # (K,) 1 where the head passes everything on as it came
+    is_relayed: BoolArray  # (K,) where the head passes everything on as it came
     message_s: FloatArray  # (K,) fixed seconds of all messages
     needs: FloatArray  # (K, N) 1 for every node that must be up
 
@@ -55,9 +55,9 @@ class PlanCosts:
         """K."""
         return len(self.idle_s)
 
-    def full(self, name: str) -> FloatArray:
+    def full(self, name: str) -> Any:
         """One of the arrays with all K rows."""
-        column: FloatArray = getattr(self, name)
+        column = getattr(self, name)
         return np.broadcast_to(column, (self.num_plans, *column.shape[1:]))
 
     def take(self, rows: IntArray) -> "PlanCosts":
@@ -192,9 +192,9 @@ def _rows(
     for name, tier in zip(path, tiers, strict=True):
         node[tier] = layout.node_slot[name]
     plain, coded, plain_work, coded_work, has_input = columns
-    is_relayed = (has_layers[:, Tier.EDGE] == 0) * (1.0 if len(path) == 3 else 0.0)
+    is_relayed = (has_layers[:, Tier.EDGE] == 0) & (len(path) == 3)
     # What the head passes on is neither decoded nor coded there: the cost falls on the ends, once.
-    coder = s_per_byte * np.where(is_relayed[:, None] > 0, [1.0, 0.0, 1.0, 0.0], 1.0)
+    coder = s_per_byte * np.where(is_relayed[:, None], [1.0, 0.0, 1.0, 0.0], 1.0)
     columns_by_name = {
         "node": node[None],
         "idle_s": idle_s,

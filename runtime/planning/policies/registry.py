@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.errors import ConfigError
-from runtime.planning.policies import static
+from runtime.planning.policies import planner, static
 from runtime.planning.problem import PlanningProblem, Policy
 from runtime.types import Plan
 
@@ -14,6 +14,9 @@ _RULES: dict[str, Callable[[PlanningProblem], Policy]] = {
     "device-only": static.build_device_only,
     "edge-only": static.build_edge_only,
     "cloud-only": static.build_cloud_only,
+    "encoded-input-to-cloud": static.build_encoded_input_to_cloud,
+    "planner": planner.build_planner,
+    "planner-priced": planner.build_priced,
 }
 
 _FIXED = re.compile(r"fixed:(?P<i>\d+),(?P<j>\d+)(@(?P<edge>[\w.-]+))?")

@@ -97,6 +97,22 @@ def build_cloud_only(problem: PlanningProblem) -> FixedPolicy:
     return FixedPolicy(_single_tier(problem, Tier.CLOUD))
 
 
+def build_encoded_input_to_cloud(problem: PlanningProblem) -> FixedPolicy:
+    """Build the policy that sends the JPEG or PNG to the cloud as the camera made it, decoding included.
+
+    For many CNNs no inner cut is smaller than the file. It is `cloud-only`, but only for requests that bring a file.
+
+    Raises:
+        PlanError: when requests bring pixels or tensors, or the constraints forbid the plan.
+    """
+    if problem.input_kind != "encoded" or problem.graph.num_stage_layers == 0:
+        raise PlanError(
+            f"encoded-input-to-cloud needs requests that bring a JPEG or PNG file, these bring {problem.input_kind!r}; "
+            "use cloud-only"
+        )
+    return build_cloud_only(problem)
+
+
 def build_edge_only(problem: PlanningProblem) -> EdgeOnlyPolicy:
     """Build the policy that sends the input to an edge node.
 
