@@ -126,8 +126,17 @@ def _link_times(costs: PlanCosts, readings: ReadingsArrays) -> _LinkTimes:
     )
 
 
+def complete(readings: ReadingsArrays, layout: Layout) -> ReadingsArrays:
+    """Replace unknown rates and round trips by the opposite direction's, else by the nominal ones."""
+    return ReadingsArrays(
+        bandwidth_bps=_complete(readings.bandwidth_bps, layout, NOMINAL_BANDWIDTH_BPS),
+        rtt_s=_complete(readings.rtt_s, layout, NOMINAL_RTT_S),
+        load_factor=readings.load_factor,
+        queue_delay_s=readings.queue_delay_s,
+    )
+
+
 def _complete(readings: FloatArray, layout: Layout, nominal: float) -> FloatArray:
-    """Replace unknown readings by the opposite direction's, else by the nominal value."""
     unknown = np.isnan(readings)
     if not unknown.any():
         return readings
