@@ -1,5 +1,9 @@
 """Graphs, profiles and deployments written by hand, for tests that need no torch."""
 
+import dataclasses
+
+import numpy as np
+
 from runtime.deployment import Deployment, ModelConfig, NodeConfig
 from runtime.planning.problem import PlanningProblem
 from runtime.types import (
@@ -125,3 +129,30 @@ def make_state(problem: PlanningProblem, *, down: tuple[str, ...] = (), **change
         "deadline_s": 1.0,
     }
     return SystemState(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+SPEED = {"device": 1.0, "edge0": 0.2, "edge1": 0.1, "cloud": 0.02}
+
+
+def varied(
+    seed: int, *, edges: int = 1, constraints: Constraints | None = None, kind: str = "tensor"
+) -> PlanningProblem:
+    """A DAG of 12 layers with skips, tensors that shrink and grow, and nodes of different speed."""
+    draw = np.random.default_rng(seed)
+    graph = make_graph(
+        [(-1,), *((i - 1, max(i - 3, 0)) if i % 4 == 3 else (i - 1,) for i in range(1, 12))], has_stage=True
+    )
+    sizes = (10 ** draw.uniform(2.5, 5.5, len(graph.values))).astype(int)
+    values = tuple(
+        dataclasses.replace(value, tensor=TensorSpec((int(size),), "float32", 4)) if value.producer >= 2 else value
+        for value, size in zip(graph.values, sizes, strict=True)
+    )
+    graph = dataclasses.replace(graph, values=values, graph_id=f"varied{seed}")
+    problem = make_problem(graph, edges=edges, constraints=constraints, input_kind=kind)
+    work_s = draw.gamma(1.0, 0.02, graph.num_layers)
+    nodes = {
+        name: NodeProfile(tuple(work_s * SPEED[name] * draw.uniform(0.5, 2.0, len(work_s))), 5e8, 1e9, 0.0005)
+        for name in problem.profile.nodes
+    }
+    ratios = {value.name: float(draw.choice([1.0, 1.8])) for value in values}
+    return dataclasses.replace(problem, profile=ModelProfile(graph, nodes, ratios))

@@ -1,12 +1,14 @@
+import dataclasses
 import math
 
 import pytest
 
 from runtime.errors import ConfigError, PlanError
 from runtime.planning.cost import estimate
+from runtime.planning.estimators import NOMINAL_BANDWIDTH_BPS, NOMINAL_RTT_S
 from runtime.planning.policies.registry import PolicySpec, fixed_policy, load_policy, policy_names
 from runtime.planning.problem import check_plan
-from runtime.types import Constraints, LinkSample, LinkState, NodeState, Plan, Tier
+from runtime.types import INPUT_KINDS, Constraints, LinkSample, LinkState, ModelProfile, NodeState, Plan, Tier
 from tests.graphs import chain, make_problem, make_state
 
 SPECS = [load_policy(name) for name in policy_names() if ":" not in name] + [
@@ -16,8 +18,15 @@ SPECS = [load_policy(name) for name in policy_names() if ":" not in name] + [
 ]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-@pytest.mark.parametrize("input_kind", ["encoded", "image", "tensor"])
+CASES = [
+    pytest.param(spec, kind, id=f"{spec.name}-{kind}")
+    for spec in SPECS
+    for kind in INPUT_KINDS
+    if spec.name != "encoded-input-to-cloud" or kind == "encoded"
+]
+
+
+@pytest.mark.parametrize(("spec", "input_kind"), CASES)
 def test_every_policy_answers_legal_plans_and_the_same_one_for_equal_states(spec: PolicySpec, input_kind: str) -> None:
     problem = make_problem(chain(3, has_stage=True), edges=2, input_kind=input_kind)
     policy = spec.build(problem)
@@ -30,9 +39,10 @@ def test_every_policy_answers_legal_plans_and_the_same_one_for_equal_states(spec
         assert policy.plan(state) == plan
 
 
-@pytest.mark.parametrize("name", ["edge-only", "cloud-only"])
+@pytest.mark.parametrize("name", ["edge-only", "cloud-only", "encoded-input-to-cloud"])
 def test_a_rule_that_private_input_forbids_refuses_at_build(name: str) -> None:
-    problem = make_problem(chain(3, has_stage=True), constraints=Constraints(private_input=True))
+    limits = Constraints(private_input=True)
+    problem = make_problem(chain(3, has_stage=True), constraints=limits, input_kind="encoded")
     with pytest.raises(PlanError, match="private_input"):
         load_policy(name).build(problem)
 
@@ -78,7 +88,24 @@ def test_an_estimate_adds_up_compute_transfer_and_queue_by_hand() -> None:
     assert latency.source == "estimated"
 
 
-def test_an_estimate_without_a_reading_is_nan_and_device_only_needs_none() -> None:
+def test_an_estimate_without_a_reading_takes_nominal_rates_and_device_only_needs_none() -> None:
     problem = make_problem(chain(4))
-    assert math.isnan(estimate(problem, Plan.split(4, 1, 1), make_state(problem)).total_s)
+    latency = estimate(problem, Plan.split(4, 1, 1), make_state(problem))
+    transfer_s = 400 * 8 / NOMINAL_BANDWIDTH_BPS + NOMINAL_RTT_S / 2
+    assert latency.transfer_s == pytest.approx({"device>cloud": transfer_s, "cloud>device": transfer_s})
     assert estimate(problem, Plan.split(4, 4, 4), make_state(problem)).total_s == pytest.approx(0.04)
+
+
+def test_an_estimate_for_a_node_that_has_not_described_itself_is_nan() -> None:
+    problem = make_problem(chain(4))
+    nodes = {"device": problem.profile.nodes["device"]}
+    problem = dataclasses.replace(problem, profile=ModelProfile(problem.graph, nodes))
+    assert math.isnan(estimate(problem, Plan.split(4, 1, 1), make_state(problem)).total_s)
+
+
+def test_encoded_input_to_cloud_is_for_requests_that_bring_a_file() -> None:
+    problem = make_problem(chain(3, has_stage=True), input_kind="encoded")
+    plan = load_policy("encoded-input-to-cloud").build(problem).plan(make_state(problem))
+    assert plan == Plan.split(5, 0, 0)
+    with pytest.raises(PlanError, match="bring a JPEG or PNG"):
+        load_policy("encoded-input-to-cloud").build(make_problem(chain(3, has_stage=True), input_kind="image"))

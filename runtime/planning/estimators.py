@@ -123,7 +123,7 @@ def tuned_arrays(state: StateArrays, settings: TunedSettings = _FRESH) -> Readin
     log_samples = np.log(np.maximum(state.bandwidth_bps, MIN_BANDWIDTH_BPS))
     newest_age_s = state.sample_age_s[..., :1]
     # Relative to the newest, so that old samples of a link without a mean still have a weight above 0.
-    relative = np.exp((state.sample_age_s - newest_age_s) * rate)
+    relative = np.exp(np.minimum((state.sample_age_s - newest_age_s) * rate, 0.0))
     weight = relative @ _ONES
     log_rate = (relative * log_samples) @ _ONES / weight
     weight = weight * np.exp(newest_age_s[..., 0] * rate)

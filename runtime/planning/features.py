@@ -117,8 +117,8 @@ _PLACES = np.arange(NUM_CANDIDATES)[:, None]
 
 
 def _over_best(given: _Given) -> FloatArray:
-    best_s = (given.total_s + given.penalty).min(axis=1, keepdims=True)
-    return (given.total_s / best_s)[..., None]
+    over_best: FloatArray = given.total_s / (given.total_s + given.penalty).min(axis=1, keepdims=True)
+    return over_best[..., None]
 
 
 def _held(given: _Given) -> FloatArray:
