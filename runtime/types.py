@@ -263,8 +263,8 @@ class LinkState:
     rtt_s: float = math.nan
     backlog_bytes: int = 0
     in_flight_bytes: int = 0
-    in_flight_s: float = math.nan
-    """The transfer under way: its bytes, and how long it has taken so far; NaN when there is none or it is not known."""
+    in_flight_s: float = 0.0
+    """The transfer under way: its bytes, and how long it has taken beyond a round trip; 0 when none is known of."""
 
 
 @dataclass(frozen=True, slots=True)

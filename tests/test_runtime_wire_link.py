@@ -38,6 +38,25 @@ def test_a_transfer_is_what_passed_less_half_a_round_trip():
     assert meter.bandwidth_bps == pytest.approx(8 * MB)
 
 
+def test_a_transfer_under_way_tells_what_it_has_taken_beyond_a_round_trip():
+    meter, uplink = LinkMeter(), Uplink()
+    meter.add_rtt(0.2)
+    uplink.push("request", MB, None, 10.0)
+    uplink.start(10.0)
+    state = meter.state("device", "edge", 13.0, uplink.backlog_bytes, uplink.in_flight)
+    assert (state.in_flight_bytes, state.in_flight_s) == (MB, pytest.approx(2.8))
+    assert meter.state("device", "edge", 10.1, MB, uplink.in_flight).in_flight_s == 0.0
+    uplink.ack(1)
+    assert meter.state("device", "edge", 13.0, 0, uplink.in_flight).in_flight_bytes == 0
+
+
+def test_a_small_message_under_way_bounds_nothing():
+    uplink = Uplink()
+    uplink.push("request", MIN_SAMPLE_BYTES - 1, None, 10.0)
+    uplink.start(10.0)
+    assert LinkMeter().state("device", "edge", 13.0, 0, uplink.in_flight).in_flight_s == 0.0
+
+
 @given(rtt_s=st.floats(0, 10), seconds=st.floats(0, 10))
 def test_no_round_trip_makes_a_transfer_shorter_than_half_of_what_passed(rtt_s, seconds):
     meter = LinkMeter()

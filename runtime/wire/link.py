@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from runtime.types import LinkSample, LinkState
 from runtime.wire.messages import LinkReport
@@ -98,8 +98,23 @@ class LinkMeter:
             weight = 1 / min(self._num_samples, _MEAN_SAMPLES)
             self._log_mean += weight * (math.log(bandwidth_bps) - self._log_mean)
 
-    def state(self, source: str, target: str, now_s: float, backlog_bytes: int) -> LinkState:
-        """Give the link's state as a policy sees it."""
+    def state(
+        self, source: str, target: str, now_s: float, backlog_bytes: int, in_flight: "Outgoing[Any] | None" = None
+    ) -> LinkState:
+        """Give the link's state as a policy sees it.
+
+        Args:
+            source: who sends.
+            target: who receives.
+            now_s: this instant.
+            backlog_bytes: bytes that wait or are in flight.
+            in_flight: the message under way. What it has taken beyond a round trip bounds the rate from above long
+                before its acknowledgement comes, if it ever does; one too small to measure by bounds nothing.
+        """
+        in_flight_bytes, in_flight_s = 0, 0.0
+        if in_flight is not None and in_flight.nbytes >= MIN_SAMPLE_BYTES:
+            rtt_s = 0.0 if math.isnan(self._rtt_s) else self._rtt_s
+            in_flight_bytes, in_flight_s = in_flight.nbytes, max(now_s - in_flight.started_s - rtt_s, 0.0)
         return LinkState(
             source=source,
             target=target,
@@ -107,6 +122,8 @@ class LinkMeter:
             mean_bandwidth_bps=math.exp(self._log_mean),
             rtt_s=self.rtt_s,
             backlog_bytes=backlog_bytes,
+            in_flight_bytes=in_flight_bytes,
+            in_flight_s=in_flight_s,
         )
 
 
@@ -167,6 +184,11 @@ class Uplink(Generic[Payload]):
     def is_idle(self) -> bool:
         """Tell whether nothing waits and nothing is in flight."""
         return self._in_flight is None and not self._queue
+
+    @property
+    def in_flight(self) -> Outgoing[Payload] | None:
+        """The message under way, None while the link is idle."""
+        return self._in_flight
 
     @property
     def backlog_bytes(self) -> int:

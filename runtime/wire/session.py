@@ -142,7 +142,7 @@ class Session(Peer, ABC):
 
     def link_state(self, source: str, now_s: float) -> LinkState:
         """What was measured of the link to this peer."""
-        return self.meter.state(source, self.name, now_s, self.uplink.backlog_bytes)
+        return self.meter.state(source, self.name, now_s, self.uplink.backlog_bytes, self.uplink.in_flight)
 
     # --- in
 
