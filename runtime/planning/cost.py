@@ -118,8 +118,12 @@ def _predict_terms(costs: PlanCosts, readings: ReadingsArrays, state: StateArray
 
 
 def _link_times(costs: PlanCosts, readings: ReadingsArrays) -> _LinkTimes:
-    bandwidth = _complete(readings.bandwidth_bps, costs.layout, NOMINAL_BANDWIDTH_BPS)
-    rtt = _complete(readings.rtt_s, costs.layout, NOMINAL_RTT_S)
+    bandwidth, rtt = readings.bandwidth_bps, readings.rtt_s
+    # Links that no plan takes, such as those between edge nodes, are often unknown and do not matter.
+    if np.isnan(bandwidth.take(costs.used_links, axis=1)).any():
+        bandwidth = _complete(bandwidth, costs.layout, NOMINAL_BANDWIDTH_BPS)
+    if np.isnan(rtt.take(costs.used_links, axis=1)).any():
+        rtt = _complete(rtt, costs.layout, NOMINAL_RTT_S)
     return _LinkTimes(
         s_per_byte=(8.0 / bandwidth).take(costs.link, axis=1),
         half_rtt_s=(0.5 * rtt).take(costs.link, axis=1) * costs.has_hop,
@@ -137,11 +141,8 @@ def complete(readings: ReadingsArrays, layout: Layout) -> ReadingsArrays:
 
 
 def _complete(readings: FloatArray, layout: Layout, nominal: float) -> FloatArray:
-    unknown = np.isnan(readings)
-    if not unknown.any():
-        return readings
     opposite = readings.take(layout.reverse, axis=1)
-    return np.where(unknown, np.where(np.isnan(opposite), nominal, opposite), readings)
+    return np.where(np.isnan(readings), np.where(np.isnan(opposite), nominal, opposite), readings)
 
 
 def _transfers(costs: PlanCosts, links: _LinkTimes, input_bytes: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -49,6 +49,7 @@ class PlanCosts:
 
     has_relays: bool
     sends_input: bool
+    used_links: IntArray  # slots in `link`
 
     @property
     def num_plans(self) -> int:
@@ -72,9 +73,8 @@ class PlanCosts:
         )
 
 
-ROW_FIELDS = tuple(
-    field.name for field in fields(PlanCosts) if field.name not in ("layout", "has_relays", "sends_input")
-)
+_NOT_ROWS = ("layout", "has_relays", "sends_input", "used_links")
+ROW_FIELDS = tuple(field.name for field in fields(PlanCosts) if field.name not in _NOT_ROWS)
 
 
 def _make_costs(layout: Layout, columns: dict[str, Any]) -> PlanCosts:
@@ -82,6 +82,7 @@ def _make_costs(layout: Layout, columns: dict[str, Any]) -> PlanCosts:
         layout=layout,
         has_relays=bool(columns["is_relayed"].any()),
         sends_input=bool(columns["has_input"].any()),
+        used_links=np.unique(columns["link"]),
         **columns,
     )
 
