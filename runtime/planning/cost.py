@@ -15,7 +15,7 @@ from runtime.planning.estimators import (
 )
 from runtime.planning.problem import PlanningProblem
 from runtime.planning.rows import NUM_HOPS, PlanCosts, compile_plan
-from runtime.types import LatencyBreakdown, Plan, SystemState, Tier
+from runtime.types import GraphSpec, LatencyBreakdown, Plan, SystemState, Tier
 
 PARTS = (
     "device",
@@ -42,6 +42,14 @@ _UPLINK, _ROUND_TRIPS = PARTS.index("uplink"), PARTS.index("round_trips")
 def sum_layers(layer_s: tuple[float, ...], layers: tuple[int, ...]) -> float:
     """Idle seconds of some layers on one node."""
     return math.fsum(layer_s[i] for i in layers)
+
+
+def value_bytes(graph: GraphSpec, names: tuple[str, ...], input_bytes: int) -> int:
+    """Raw bytes of the named values; an encoded input counts as what the request really brings."""
+    wanted = set(names)
+    sized = sum(v.tensor.nbytes for v in graph.values if v.name in wanted and v.is_sized)
+    has_encoded = any(v.name in wanted and not v.is_sized for v in graph.values)
+    return sized + (input_bytes if has_encoded else 0)
 
 
 @dataclass(frozen=True, slots=True)
