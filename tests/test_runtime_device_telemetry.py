@@ -59,7 +59,7 @@ def test_an_event_is_one_line_of_json_with_a_version_and_unknown_readings_as_nul
     log.close()
     first, second = (json.loads(line) for line in (tmp_path / telemetry.EVENTS_FILE).read_text().splitlines())
     assert (first["version"], first["request"], second["request"]) == (1, 1, 2)
-    assert first["predicted"]["total_s"] is None
+    assert first["state"]["request_rate_hz"] is None
     assert first["measured"] is None
     assert first["reason"] == "%s"
     assert first["state"]["nodes"][0]["name"] == "edge0"
