@@ -1,0 +1,149 @@
+"""Random planning problems and states, from one integer seed, without torch."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from runtime.planning.problem import PlanningProblem, check_plan, find_route
+from runtime.types import (
+    DEVICE_NODE,
+    Constraints,
+    LinkSample,
+    LinkState,
+    ModelProfile,
+    NodeProfile,
+    NodeState,
+    Plan,
+    SystemState,
+    Tier,
+)
+from tests.graphs import make_deployment, make_graph, make_state
+
+SPEED = {Tier.DEVICE: 1.0, Tier.EDGE: 0.3, Tier.CLOUD: 0.05}
+
+
+def random_reads(rng: np.random.Generator, length: int, *, is_chain: bool = False) -> list[tuple[int, ...]]:
+    """Which earlier layers each layer reads; the input now and then, as -1."""
+    reads = []
+    for i in range(length):
+        near = {i - 1} if is_chain or rng.random() < 0.8 else set()
+        more = 0 if is_chain else int(rng.integers(0, 3))
+        near |= {int(s) for s in rng.integers(max(-1, i - 5), i, size=more)}
+        reads.append(tuple(sorted(near or {i - 1})))
+    return reads
+
+
+def random_problem(
+    seed: int,
+    length: int = 6,
+    *,
+    is_chain: bool = False,
+    edges: int = 1,
+    has_cloud: bool = True,
+    constraints: Constraints | None = None,
+    input_kind: str = "tensor",
+    has_stage: bool = False,
+) -> PlanningProblem:
+    """A random graph with sizes and layer times over two orders of magnitude; tiers differ in speed per layer."""
+    rng = np.random.default_rng(seed)
+    graph = make_graph(random_reads(rng, length, is_chain=is_chain), has_stage=has_stage)
+    sizes = {v.name: max(int(rng.lognormal(math.log(2e4), 1.2)), 4) for v in graph.values if v.is_sized}
+    graph = with_sizes(graph, sizes, f"random-{seed}-{length}-{is_chain}-{has_stage}")
+    deployment = make_deployment(edges=edges, has_cloud=has_cloud, constraints=constraints)
+    layer_s = rng.lognormal(math.log(0.005), 1.0, graph.num_layers)
+    nodes = {DEVICE_NODE: _profile(layer_s)}
+    for node in deployment.nodes:
+        factor = SPEED[node.tier] * rng.lognormal(0.0, 0.3, graph.num_layers)
+        nodes[node.name] = _profile(layer_s * factor, fixed_s=float(rng.uniform(0, 1e-3)))
+    ratios = {v.name: float(rng.uniform(1, 2)) for v in graph.values if rng.random() < 0.5 and v.is_sized}
+    return PlanningProblem(ModelProfile(graph, nodes, ratios), deployment, deployment.constraints, input_kind)
+
+
+def with_sizes(graph, sizes, graph_id):  # type: ignore[no-untyped-def]
+    """The same graph with other bytes per value and another id."""
+    from dataclasses import replace
+
+    values = tuple(
+        replace(v, tensor=replace(v.tensor, shape=(sizes[v.name],), itemsize=1)) if v.name in sizes else v
+        for v in graph.values
+    )
+    return replace(graph, values=values, graph_id=graph_id)
+
+
+def _profile(layer_s: np.ndarray, fixed_s: float = 0.0) -> NodeProfile:
+    return NodeProfile(tuple(layer_s.tolist()), 1e9, 1e9, fixed_s)
+
+
+def link_ends(problem: PlanningProblem) -> list[tuple[str, str]]:
+    """Every directed link of the deployment."""
+    edges = [node.name for node in problem.deployment.edges]
+    cloud = [] if problem.deployment.cloud is None else [problem.deployment.cloud.name]
+    both = [(DEVICE_NODE, far) for far in edges + cloud] + [(edge, far) for edge in edges for far in cloud]
+    return [ends for a, b in both for ends in ((a, b), (b, a))]
+
+
+def random_state(problem: PlanningProblem, seed: int, **changes: object) -> SystemState:
+    """Rates from 1 to 300 Mbit/s, k up to 8, q up to 30 ms, everything up."""
+    rng = np.random.default_rng(seed)
+    links = []
+    for source, target in link_ends(problem):
+        bps = float(rng.lognormal(math.log(2e7), 1.3))
+        links.append(LinkState(source, target, (LinkSample(0.1, bps),), bps, float(rng.uniform(0, 0.01))))
+    nodes = [
+        NodeState(
+            node.name, node.tier, True, float(max(rng.lognormal(0, 0.8), 1)), float(rng.uniform(0, 0.03)), age_s=0.2
+        )
+        for node in problem.deployment.nodes
+    ]
+    return make_state(problem, **{"links": tuple(links), "nodes": tuple(nodes), **changes})
+
+
+def legal_plans(problem: PlanningProblem) -> Iterator[Plan]:
+    """Every legal plan without tiles; a head only where the edge is allowed."""
+    from runtime.errors import PlanError
+
+    free = problem.graph.num_layers - problem.entry
+    heads = [(), *((node.name,) for node in problem.deployment.edges if Tier.EDGE in problem.constraints.allowed_tiers)]
+    for rest in itertools.product(Tier, repeat=free):
+        tiers = (Tier.DEVICE,) * problem.entry + rest
+        for head in heads:
+            try:
+                yield check_plan(problem, Plan(tiers, head))
+            except PlanError:
+                continue
+
+
+def predict_s(
+    problem: PlanningProblem, plan: Plan, state: SystemState, *, has_load: bool = True, has_queues: bool = True
+) -> float:
+    """Predicted seconds by plain sums over the route: written apart from the arrays that the rules use."""
+    route = find_route(problem.graph, plan, problem.input_kind)
+    cloud = problem.deployment.cloud
+    names = {Tier.DEVICE: DEVICE_NODE, Tier.EDGE: plan.head or "", Tier.CLOUD: "" if cloud is None else cloud.name}
+    sized = {v.name: state.input_bytes if not v.is_sized else v.tensor.nbytes for v in problem.graph.values}
+    total = 0.0
+    for tier in route.tiers:
+        layers, node = route.stage(tier).layers, state.node(names[tier])
+        k = 1.0 if node is None or not has_load else node.load_factor
+        total += sum(problem.profile.nodes[names[tier]].layer_s[i] for i in layers) * k
+        if layers and has_queues:
+            total += state.device_backlog_s if node is None else node.queue_delay_s
+        if node is not None:
+            total += problem.profile.nodes[node.name].fixed_s
+    for hop, crossing in enumerate(route.up):
+        source, target = names[route.tiers[hop]], names[route.tiers[hop + 1]]
+        made_beyond = {name for tier in route.tiers[hop + 1 :] for name in route.stage(tier).makes}
+        back = set(problem.graph.outputs) & made_beyond
+        for a, b, values in ((source, target, crossing), (target, source, back)):
+            link = state.link(a, b)
+            assert link is not None
+            nbytes = sum(sized[v] / problem.profile.lossless_ratio.get(v, 1.0) for v in values)
+            total += nbytes * 8 / link.samples[0].bandwidth_bps
+        there = state.link(source, target)
+        assert there is not None
+        total += there.rtt_s
+        if hop == 0 and has_queues:
+            total += state.uplink_backlog_bytes * 8 / there.samples[0].bandwidth_bps
+    return total
