@@ -49,10 +49,15 @@ def random_problem(
     """A random graph with sizes and layer times over two orders of magnitude; tiers differ in speed per layer."""
     rng = np.random.default_rng(seed)
     graph = make_graph(random_reads(rng, length, is_chain=is_chain), has_stage=has_stage)
-    sizes = {v.name: max(int(rng.lognormal(math.log(2e4), 1.2)), 4) for v in graph.values if v.is_sized}
+    fall = np.exp(-4 * np.arange(len(graph.values)) / len(graph.values))  # deeper values are smaller, as in most CNNs
+    sizes = {
+        v.name: max(int(rng.lognormal(math.log(2e5), 1.0) * f), 4)
+        for v, f in zip(graph.values, fall, strict=True)
+        if v.is_sized
+    }
     graph = with_sizes(graph, sizes, f"random-{seed}-{length}-{is_chain}-{has_stage}")
     deployment = make_deployment(edges=edges, has_cloud=has_cloud, constraints=constraints)
-    layer_s = rng.lognormal(math.log(0.005), 1.0, graph.num_layers)
+    layer_s = rng.lognormal(math.log(0.2 / length), 1.0, graph.num_layers)
     nodes = {DEVICE_NODE: _profile(layer_s)}
     for node in deployment.nodes:
         factor = SPEED[node.tier] * rng.lognormal(0.0, 0.3, graph.num_layers)

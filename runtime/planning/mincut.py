@@ -90,7 +90,14 @@ class OrderedCut:
         once = [*costs.hop_s]
         once[-1] += costs.queue_s[-1]
         seconds = np.concatenate(
-            ([np.inf], costs.layer_s[:, first:].ravel(), costs.up_s.ravel(), costs.result_s.ravel(), once, costs.queue_s[:1])
+            (
+                [np.inf],
+                costs.layer_s[:, first:].ravel(),
+                costs.up_s.ravel(),
+                costs.result_s.ravel(),
+                once,
+                costs.queue_s[:1],
+            )
         )
         near = self._edges.near_side(seconds, bound_s)
         beyond = ~near[2 : 2 + (self._num_tiers - 1) * (self._work.num_layers - first)].reshape(self._num_tiers - 1, -1)
@@ -199,7 +206,9 @@ def _latest_readers(work: Workload) -> list[list[int]]:
 
 def _starts(work: Workload) -> list[int]:
     """Layers that read only what is at hand on the device."""
-    fed = {j for producer, readers in zip(work.producers, work.consumers, strict=True) if producer >= 0 for j in readers}
+    fed = {
+        j for producer, readers in zip(work.producers, work.consumers, strict=True) if producer >= 0 for j in readers
+    }
     return [i for i in range(work.entry, work.num_layers) if i not in fed]
 
 

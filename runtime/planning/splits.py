@@ -18,7 +18,7 @@ from runtime.planning.weights import (
     is_up,
     pinned_layers,
 )
-from runtime.types import DEVICE_NODE, Plan, SystemState, Tier
+from runtime.types import DEVICE_NODE, Plan, SystemState
 
 
 def find_servers(problem: PlanningProblem) -> tuple[Topology, ...]:

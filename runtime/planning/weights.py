@@ -7,6 +7,7 @@
 A label is an index into the tiers of one topology, 0 being the device. What is not allowed costs infinity.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -86,15 +87,22 @@ def has_device(problem: PlanningProblem) -> bool:
 
 
 def pinned_layers(problem: PlanningProblem) -> tuple[int, ...]:
-    """Layers from the entry on that must stay on the device."""
+    """Layers from the entry on that must stay on the device: the private ones, and those they depend on."""
     if not problem.constraints.private_input:
         return ()
-    return tuple(i for i in private_layers(problem.graph) if i >= problem.entry)
+    pinned = set(private_layers(problem.graph))
+    for value in sorted(problem.graph.values, key=lambda value: value.producer, reverse=True):
+        if pinned.intersection(value.consumers):
+            pinned.add(value.producer)
+    return tuple(sorted(i for i in pinned if i >= problem.entry))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
-    """What a request of one problem moves, as arrays; nothing here depends on the state. V: values, O: outputs."""
+    """What a request of one problem moves, as arrays; nothing here depends on the state.
+
+    V: values, R: pairs of a value and a layer that reads it, O: outputs.
+    """
 
     problem: PlanningProblem
     entry: int
@@ -105,14 +113,19 @@ class Workload:
     encoded: int  # index of the encoded input, -1 when no such value moves
     output_producers: IntArray  # (O,)
     output_bits: FloatArray  # (O,)
-    _flat: IntArray  # consumers, one after another
-    _offsets: IntArray  # (V,) where each value's begin
+    read_layers: IntArray  # (R,) the consumers, one value after another
+    read_values: IntArray  # (R,) the value each of them reads
+    read_offsets: IntArray  # (V,) where each value's consumers begin
 
     @classmethod
     def of(cls, problem: PlanningProblem) -> "Workload":
         """Collect the values that a request of this problem may move."""
         entry, ratios = problem.entry, problem.profile.lossless_ratio
-        producers, consumers, bits, outputs, encoded = [], [], [], [], -1
+        producers: list[int] = []
+        consumers: list[tuple[int, ...]] = []
+        bits: list[float] = []
+        outputs: list[tuple[int, float]] = []
+        encoded = -1
         for value in problem.graph.values:
             wire_bits = value.tensor.nbytes * 8.0 / max(ratios.get(value.name, 1.0), 1.0)
             readers = tuple(c for c in value.consumers if c >= entry)
@@ -136,8 +149,9 @@ class Workload:
             encoded=encoded,
             output_producers=np.array([producer for producer, _ in outputs], dtype=np.intp),
             output_bits=np.array([wire_bits for _, wire_bits in outputs]),
-            _flat=np.array([c for readers in consumers for c in readers], dtype=np.intp),
-            _offsets=np.cumsum([0, *lengths[:-1]], dtype=np.intp),
+            read_layers=np.array([c for readers in consumers for c in readers], dtype=np.intp),
+            read_values=np.repeat(np.arange(len(lengths)), lengths),
+            read_offsets=np.cumsum([0, *lengths[:-1]], dtype=np.intp),
         )
 
     def moved_bits(self, state: SystemState) -> FloatArray:
@@ -151,7 +165,7 @@ class Workload:
     def spans(self, labels: Labels) -> tuple[Labels, Labels]:
         """Find for every value the label where it is made and the last one where it is read, each of shape (V,)."""
         made = np.where(self.producers < 0, 0, labels[self.producers])
-        return made, np.maximum.reduceat(labels[self._flat], self._offsets)
+        return made, np.maximum.reduceat(labels[self.read_layers], self.read_offsets)
 
     def idle_s(self, node: str) -> FloatArray:
         """Idle seconds per layer on one node, 0 before the entry, infinite where the profile does not know them."""
@@ -197,7 +211,7 @@ class Costs:
         for hop in range(last):
             total += float(self.up_s[hop][(made <= hop) & (read > hop)].sum()) + self.hop_s[hop]
             total += float(self.result_s[hop][labels[self.work.output_producers] > hop].sum())
-        return total + sum(self.queue_s[label] for label in set(active.tolist()))
+        return total + math.fsum(self.queue_s[label] for label in set(active.tolist()))
 
     def uniform(self, label: int) -> Labels:
         """Label every layer alike, but for those that only the device may run."""
@@ -253,7 +267,7 @@ class Weigher:
             layer_s = self._idle_s * np.array(factors)[:, None]
         layer_s[np.isnan(layer_s)] = np.inf
         layer_s[:, : self.work.entry] = 0.0
-        hops = [*zip(nodes[:-1], nodes[1:], strict=True)]
+        hops = [*itertools.pairwise(nodes)]
         up_s_per_bit = np.array([1.0 / readings.rate_bps(a, b) for a, b in hops])
         down_s_per_bit = np.array([1.0 / readings.rate_bps(b, a) for a, b in hops])
         hop_s = [readings.round_trip_s(a, b) + self._fixed_s[i + 1] for i, (a, b) in enumerate(hops)]

@@ -14,7 +14,6 @@ from runtime.planning.weights import Costs, Labels, LastResort, Weigher, Workloa
 from runtime.types import Plan, SystemState
 
 
-
 @dataclass(slots=True)
 class OptimalPolicy:
     """Answers the plan without tiles that is predicted fastest of all.
@@ -29,6 +28,7 @@ class OptimalPolicy:
     cuts: dict[int, OrderedCut]  # by number of tiers
     last_resort: LastResort
     estimator: Estimator
+    has_queues: bool
     is_stateful: bool = False
 
     def plan(self, state: SystemState) -> Plan:
@@ -42,7 +42,7 @@ class OptimalPolicy:
         for weigher in self.weighers:
             if not weigher.topology.is_usable(state):
                 continue
-            costs = weigher.weigh(state, readings)
+            costs = weigher.weigh(state, readings, has_queues=self.has_queues)
             labels, seconds = self._cut(costs)
             if seconds < best_s:
                 best_s, best = seconds, self.work.make_plan(labels, weigher.topology)
@@ -69,8 +69,15 @@ class OptimalPolicy:
         """Nothing to forget."""
 
 
-def build_optimal(problem: PlanningProblem, estimator: Estimator = last_value) -> OptimalPolicy:
+def build_optimal(
+    problem: PlanningProblem, estimator: Estimator = last_value, *, has_queues: bool = True
+) -> OptimalPolicy:
     """Build the exact rule.
+
+    Args:
+        problem: what it is for.
+        estimator: gives rates, round trips, k and q.
+        has_queues: False leaves queue delays and backlogs out of what is optimised.
 
     Raises:
         PlanError: when no plan at all is legal.
@@ -79,4 +86,4 @@ def build_optimal(problem: PlanningProblem, estimator: Estimator = last_value) -
     sizes = {len(topology.tiers) for topology in topologies}
     cuts = {size: OrderedCut(work, size) for size in sizes | ({2} if 3 in sizes else set())}
     weighers = tuple(Weigher(work, topology) for topology in topologies)
-    return OptimalPolicy(work, weighers, cuts, LastResort(work, topologies), estimator)
+    return OptimalPolicy(work, weighers, cuts, LastResort(work, topologies), estimator, has_queues)

@@ -1,0 +1,384 @@
+"""D3's horizontal partition: layers to three tiers by a walk over the graph, adjusted locally while it runs.
+
+References:
+    Zhang, Xiang, Zhang, Li, Zhu, Gu, "Dynamic DNN Decomposition for Lossless Synergistic Inference", 2021 (arXiv
+    2101.05952): HPA labels layers in the order of their longest distance from the input, each with the cheapest tier
+    not before its predecessors'; layers whose inputs another layer already brought to a tier may follow it there (SIS);
+    at run time only what thresholds on layer time and link rate tell to has to be labelled again. As reconstructed.
+    Differs: the look-ahead (unknown in the paper) is the cheapest continuation to the end if graph layers stay together,
+    of which a layer bears its share: exact on chains, where a shorter one often loses to Neurosurgeon; a value counts
+    once per hop however many layers read it; a local update looks for layers whose cheapest tier has changed, all at
+    once, and walks on from these; all goes through the edge node or, in a topology of its own, straight to the cloud; every edge
+    node is tried, and the cheapest topology by predicted total is answered; the load factor k stands for what the paper
+    reads of a node's resources; round trips and the way back of the result count, queue delays do not. Thresholds,
+    samples and dwell are guesses, counted in decisions, because a rule sees no clock. A node that goes down or comes
+    back has everything labelled anew. Tiles come from elsewhere.
+"""
+
+import heapq
+import logging
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from runtime.planning.arrays import FloatArray
+from runtime.planning.estimators import Estimator, Readings, last_value
+from runtime.planning.policies.optimal import OptimalPolicy, build_optimal
+from runtime.planning.problem import PlanningProblem
+from runtime.planning.weights import LastResort, Weigher, Workload, find_topologies, is_up
+from runtime.types import Plan, SystemState
+
+THRESHOLD = 0.2
+"""Relative change, against the reading at the last labelling, that counts. Guess."""
+
+NUM_SAMPLES = 3
+"""Decisions in a row that must see a change. Guess."""
+
+MIN_DWELL = 5
+"""Decisions between two labellings. Guess."""
+
+_EFFORT = 4
+"""A local update that labels each layer more often than this on average gives way to a full run. Guess; rarely met."""
+
+_FORBIDDEN_S = 1e4
+"""What a layer counts on a tier where it may not run, in the look-ahead: far above any real layer, and small enough that
+sums stay exact to a nanosecond."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Graph:
+    """What HPA needs of a workload, as plain lists; the same for every topology."""
+
+    def __init__(self, work: Workload) -> None:
+        n = work.num_layers
+        self.work = work
+        self.inputs: list[list[int]] = [[] for _ in range(n)]  # indices of values
+        self.readers = [list(readers) for readers in work.consumers]
+        self.producers: list[int] = work.producers.tolist()
+        self.followers: list[list[int]] = [[] for _ in range(n)]
+        for value, readers in enumerate(self.readers):
+            for j in readers:
+                self.inputs[j].append(value)
+            if self.producers[value] >= 0:
+                self.followers[self.producers[value]] += readers
+        self.sources = [sorted({self.producers[v] for v in values} - {-1}) for values in self.inputs]
+        distance = [0] * n
+        for j in range(work.entry, n):
+            distance[j] = 1 + max((distance[i] for i in self.sources[j]), default=0)
+        self.order = sorted(range(work.entry, n), key=lambda j: (distance[j], j))
+        self.rank = [0] * n
+        for rank, j in enumerate(self.order):
+            self.rank[j] = rank
+        self.siblings = [self._find_siblings(j) for j in range(n)]
+        self.depth = np.maximum(np.array(distance, dtype=np.intp) - 1, 0)  # graph layer of every layer, from 0
+        self.num_depths = int(self.depth.max()) + 1
+        self.width = np.bincount(self.depth[work.entry :], minlength=self.num_depths)
+        self._made_at = np.where(work.producers < 0, -1, self.depth[work.producers])
+        self._last_read_at = np.maximum.reduceat(self.depth[work.read_layers], work.read_offsets)
+        pairs = sorted({(value, int(self.depth[j])) for value, readers in enumerate(self.readers) for j in readers})
+        self._read_values = np.array([value for value, _ in pairs], dtype=np.intp)
+        self._read_depths = np.array([depth for _, depth in pairs], dtype=np.intp)
+
+    def _find_siblings(self, j: int) -> list[int]:
+        """SIS: layers whose inputs all are inputs of layer j."""
+        own = set(self.inputs[j])
+        near = {other for value in own for other in self.readers[value]} - {j}
+        return sorted(other for other in near if own.issuperset(self.inputs[other]))
+
+    def crossing_s(self, up_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Price every boundary between graph layers on one hop.
+
+        Returns:
+            Seconds of all values that are live in front of each graph layer, and of those among them that it does not
+            read itself; each of shape (num_depths,).
+        """
+        num = self.num_depths
+        begins = np.bincount(self._made_at + 1, up_s, minlength=num + 1)
+        ends = np.bincount(self._last_read_at + 1, up_s, minlength=num + 1)
+        live = np.cumsum(begins - ends)[:num]
+        read = np.bincount(self._read_depths, up_s[self._read_values], minlength=num)
+        return live, np.maximum(live - read, 0.0)
+
+
+class _Partition:
+    """The labels of one topology, always in three tiers: one that the topology lacks costs infinity."""
+
+    def __init__(self, graph: _Graph, weigher: Weigher) -> None:
+        self.topology = weigher.topology
+        self.num_touched = 0  # layers labelled by the last run or update
+        self._weigher = weigher
+        self._graph = graph
+        self._tiers = np.array(self.topology.tiers)
+        self._labels = [0] * graph.work.num_layers
+        self._take_labels()
+
+    def weigh(self, state: SystemState, readings: Readings) -> None:
+        """Take in new costs; the labels stay."""
+        work = self._graph.work
+        costs = self._weigher.weigh(state, readings, has_queues=False)
+        layer_s = np.full((3, work.num_layers), np.inf)
+        layer_s[self._tiers] = costs.layer_s
+        up_s = np.zeros((2, len(work.producers)))
+        hop_s = [0.0, 0.0]
+        for hop, far in enumerate(costs.tiers[1:]):  # straight to the cloud: all is paid on the first hop
+            up_s[hop] = costs.up_s[hop]
+            hop_s[hop] = costs.hop_s[hop]
+            for producer, back_s in zip(work.output_producers, costs.result_s[hop], strict=True):
+                layer_s[far:, producer] += back_s
+        self._costs, self._layer_s, self._up_s = costs, layer_s, up_s
+        crossings = [self._graph.crossing_s(row) for row in up_s]
+        self._ahead_s = self._look_ahead([live + once for (live, _), once in zip(crossings, hop_s, strict=True)])
+        beside = [(beside + once) / self._graph.width for (_, beside), once in zip(crossings, hop_s, strict=True)]
+        self._beside_s = np.array(beside)[:, self._graph.depth]
+
+    def _look_ahead(self, crossing_s: list[FloatArray]) -> FloatArray:
+        """Least seconds from each layer's graph layer to the end, by tier, if graph layers stay together.
+
+        Tier by tier inwards: stay to the end, or up to the boundary where going over is cheapest. A layer's share is
+        one part in the width of its graph layer.
+
+        Args:
+            crossing_s: seconds of moving over each hop in front of each graph layer.
+
+        Returns:
+            Seconds of shape (3, num_layers).
+        """
+        depth, num_depths = self._graph.depth, self._graph.num_depths
+        finite_s = np.minimum(self._layer_s, _FORBIDDEN_S)  # sums of infinities cannot be subtracted
+        ahead = np.zeros((3, num_depths))
+        beyond = None
+        for tier in (2, 1, 0):
+            by_depth = np.bincount(depth, finite_s[tier], minlength=num_depths)
+            to_end = np.cumsum(by_depth[::-1])[::-1]  # seconds from each graph layer to the end on this tier
+            if beyond is None:
+                least = to_end
+            else:
+                switch = crossing_s[tier] + beyond - to_end  # in front of each graph layer, against staying
+                least = to_end + np.minimum(np.minimum.accumulate(switch[::-1])[::-1], 0.0)
+            ahead[tier, :-1] = least[1:]
+            beyond = least
+        shares: FloatArray = (ahead / self._graph.width)[:, depth]
+        return shares
+
+    def run(self) -> None:
+        """HPA: label every layer, in the order of the longest distance from the input."""
+        entry, n = self._graph.work.entry, self._graph.work.num_layers
+        self._take_lists()
+        self._labels = [0] * entry + [-1] * (n - entry)
+        for j in self._graph.order:
+            self._labels[j] = self._best(j)
+            self._move_siblings(j)
+        self.num_touched = n - entry
+        self._take_labels()
+
+    def update(self) -> None:
+        """Label again what the new costs make wrong, and what follows from it."""
+        graph = self._graph
+        self.num_touched = 0
+        queue = [graph.rank[j] for j in self._find_wrong()]
+        if not queue:
+            return
+        self._take_lists()
+        heapq.heapify(queue)
+        limit = _EFFORT * len(graph.order)
+        while queue:
+            rank = heapq.heappop(queue)
+            if queue and queue[0] == rank:
+                continue
+            j = graph.order[rank]
+            self.num_touched += 1
+            if self.num_touched > limit:
+                self.run()
+                return
+            best = self._best(j)
+            if best != self._labels[j]:
+                self._labels[j] = best
+                moved = [j, *self._move_siblings(j)]
+                for follower in (follower for i in moved for follower in graph.followers[i]):
+                    heapq.heappush(queue, graph.rank[follower])
+        self._take_labels()
+
+    def _take_lists(self) -> None:
+        """Copy what the walk reads layer by layer: lists are several times faster there than arrays."""
+        self._seconds: list[list[float]] = self._layer_s.tolist()
+        self._up: list[list[float]] = self._up_s.tolist()
+        self._ahead: list[list[float]] = self._ahead_s.tolist()
+        self._beside: list[list[float]] = self._beside_s.tolist()
+
+    def _take_labels(self) -> None:
+        self._array = np.array(self._labels, dtype=np.intp)
+        self._own = np.searchsorted(self._tiers, self._array).astype(np.intp)  # as the topology counts its tiers
+        self._plan: Plan | None = None
+
+    def _best(self, j: int) -> int:
+        """Cheapest tier of one layer, given the labels before it; on a tie, the one nearer to the device."""
+        graph, labels = self._graph, self._labels
+        low = 0
+        for i in graph.sources[j]:
+            low = max(low, labels[i])
+        if low == 2:
+            return 2
+        to_edge_s = self._beside[0][j] if low == 0 else 0.0
+        to_cloud_s = self._beside[1][j]
+        for value in graph.inputs[j]:
+            there = self._reach(value, j)
+            if there == 0:
+                to_edge_s += self._up[0][value]
+            if there <= 1:
+                to_cloud_s += self._up[1][value]
+        seconds, ahead = self._seconds, self._ahead
+        best, least = low, seconds[low][j] + ahead[low][j] + (to_edge_s if low else 0.0)
+        if low == 0:
+            edge = seconds[1][j] + to_edge_s + ahead[1][j]
+            if edge < least:
+                best, least = 1, edge
+        return 2 if seconds[2][j] + to_edge_s + to_cloud_s + ahead[2][j] < least else best
+
+    def _reach(self, value: int, j: int) -> int:
+        """Last tier that a value has been brought to, layer j apart."""
+        labels, readers, producer = self._labels, self._graph.readers[value], self._graph.producers[value]
+        there = labels[producer] if producer >= 0 else 0
+        if len(readers) > 1:
+            for other in readers:
+                if other != j and labels[other] > there:
+                    there = labels[other]
+        return there
+
+    def _move_siblings(self, j: int) -> list[int]:
+        """SIS: layers that find their inputs on layer j's tier follow it there where they are faster."""
+        labels, tier, moved = self._labels, self._labels[j], []
+        for i in self._graph.siblings[j]:
+            if 0 <= labels[i] < tier and self._seconds[tier][i] < self._seconds[labels[i]][i]:
+                after = [labels[k] for k in self._graph.followers[i]]
+                if all(label < 0 or label >= tier for label in after):
+                    labels[i] = tier
+                    moved.append(i)
+        return moved
+
+    def _find_wrong(self) -> list[int]:
+        """Layers whose cheapest tier is another than their label: `_best` for all at once."""
+        work, labels = self._graph.work, self._array
+        layers, values, n = work.read_layers, work.read_values, work.num_layers
+        made, _ = work.spans(labels)
+        made_of = made[values]
+        low = np.zeros(n, dtype=np.intp)
+        np.maximum.at(low, layers, made_of)
+        seconds = self._layer_s + self._ahead_s
+        for hop in range(2):
+            is_beyond = labels[layers] > hop
+            others = np.bincount(values, is_beyond, minlength=len(made))[values] - is_beyond
+            pays = (made_of <= hop) & (others == 0)
+            moved_s = np.bincount(layers, self._up_s[hop][values] * pays, minlength=n)
+            seconds[hop + 1 :] += moved_s + self._beside_s[hop] * (low <= hop)
+        seconds[np.arange(3)[:, None] < low] = np.inf
+        wrong = seconds.argmin(axis=0) != labels
+        wrong[: work.entry] = False
+        found: list[int] = np.flatnonzero(wrong).tolist()
+        return found
+
+    def predict_s(self) -> float:
+        """Predicted seconds of the labels."""
+        return self._costs.total_s(self._own)
+
+    def make_plan(self) -> Plan:
+        """Turn the labels into a plan, once."""
+        if self._plan is None:
+            self._plan = self._graph.work.make_plan(self._own, self.topology)
+        return self._plan
+
+
+@dataclass(slots=True)
+class D3Policy:
+    """HPA at first, local updates of its labels later; remembers its labels and the readings they were made with."""
+
+    work: Workload
+    partitions: tuple[_Partition, ...]
+    last_resort: LastResort
+    oracle: OptimalPolicy
+    estimator: Estimator
+    is_stateful: bool = True
+    num_touched: int = 0
+    """Layers that the last decision labelled; 0 when it kept its plan."""
+    _plan: Plan | None = None
+    _up: tuple[bool, ...] = ()
+    _reference: FloatArray = field(default_factory=lambda: np.zeros(0))
+    _streak: FloatArray = field(default_factory=lambda: np.zeros(0))
+    _dwell: int = 0
+
+    def plan(self, state: SystemState) -> Plan:
+        """Keep the plan, or label again what the readings tell to."""
+        readings = self.estimator(state)
+        up = tuple(is_up(state, node.name) for node in self.work.problem.deployment.nodes)
+        conditions = self._conditions(state, readings)
+        self.num_touched = 0
+        if self._plan is None or up != self._up:
+            self._up = up
+            return self._label(state, readings, conditions, is_local=False)
+        self._dwell += 1
+        is_out = np.abs(conditions - self._reference) > THRESHOLD * self._reference
+        self._streak = np.where(is_out, self._streak + 1, 0)
+        if self._dwell >= MIN_DWELL and (self._streak >= NUM_SAMPLES).any():
+            return self._label(state, readings, conditions, is_local=True)
+        return self._plan
+
+    def reset(self) -> None:
+        """Forget the labels: the next decision labels everything."""
+        self._plan = None
+        self._up = ()
+
+    def gap_to_optimal_frac(self, state: SystemState) -> float:
+        """Predicted latency of the plan in force over the least there is, minus 1; queue delays left out in both."""
+        readings = self.estimator(state)
+        usable = [p for p in self.partitions if p.topology.is_usable(state)]
+        chosen = [p for p in usable if p.make_plan() == self._plan]
+        if not chosen:
+            return math.nan
+        chosen[0].weigh(state, readings)
+        return chosen[0].predict_s() / self.oracle.solve(state)[1] - 1.0
+
+    def _conditions(self, state: SystemState, readings: Readings) -> FloatArray:
+        """Everything that is held to the thresholds: load factors, rates, the bytes of an encoded input."""
+        factors = [readings.k(node.name) for node in self.work.problem.deployment.nodes]
+        links = dict.fromkeys(
+            hop for p in self.partitions for hop in zip(p.topology.nodes[:-1], p.topology.nodes[1:], strict=True)
+        )
+        input_bytes = float(state.input_bytes) if self.work.encoded >= 0 else 1.0
+        return np.array([*factors, *(readings.rate_bps(a, b) for a, b in links), input_bytes])
+
+    def _label(self, state: SystemState, readings: Readings, conditions: FloatArray, *, is_local: bool) -> Plan:
+        """Run HPA or the local update on every topology in reach, and take the cheapest."""
+        best: _Partition | None = None
+        best_s = math.inf
+        for partition in self.partitions:
+            if not partition.topology.is_usable(state):
+                continue
+            partition.weigh(state, readings)
+            if is_local:
+                partition.update()
+            else:
+                partition.run()
+            self.num_touched += partition.num_touched
+            seconds = partition.predict_s()
+            if seconds < best_s:
+                best, best_s = partition, seconds
+        self._plan = self.last_resort.plan(state) if best is None else best.make_plan()
+        self._reference, self._streak, self._dwell = conditions, np.zeros(len(conditions)), 0
+        if _log.isEnabledFor(logging.DEBUG):
+            kind, gap_frac = "local update" if is_local else "full run", self.gap_to_optimal_frac(state)
+            _log.debug("%s labelled %d layers: %.1f %% above the optimum", kind, self.num_touched, 100 * gap_frac)
+        return self._plan
+
+
+def build_d3(problem: PlanningProblem, estimator: Estimator = last_value) -> D3Policy:
+    """Build D3's rule, without tiles.
+
+    Raises:
+        PlanError: when no plan at all is legal.
+    """
+    work, topologies = Workload.of(problem), find_topologies(problem)
+    graph = _Graph(work)
+    partitions = tuple(_Partition(graph, Weigher(work, topology)) for topology in topologies)
+    oracle = build_optimal(problem, estimator, has_queues=False)
+    return D3Policy(work, partitions, LastResort(work, topologies), oracle, estimator)
