@@ -3,13 +3,18 @@
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from runtime.planning.problem import PlanningProblem, check_plan, find_route
+from runtime.errors import PlanError
+from runtime.planning.cost import estimate
+from runtime.planning.estimators import last_value_arrays
+from runtime.planning.problem import PlanningProblem, check_plan
 from runtime.types import (
     DEVICE_NODE,
     Constraints,
+    GraphSpec,
     LinkSample,
     LinkState,
     ModelProfile,
@@ -66,10 +71,8 @@ def random_problem(
     return PlanningProblem(ModelProfile(graph, nodes, ratios), deployment, deployment.constraints, input_kind)
 
 
-def with_sizes(graph, sizes, graph_id):  # type: ignore[no-untyped-def]
+def with_sizes(graph: GraphSpec, sizes: dict[str, int], graph_id: str) -> GraphSpec:
     """The same graph with other bytes per value and another id."""
-    from dataclasses import replace
-
     values = tuple(
         replace(v, tensor=replace(v.tensor, shape=(sizes[v.name],), itemsize=1)) if v.name in sizes else v
         for v in graph.values
@@ -107,8 +110,6 @@ def random_state(problem: PlanningProblem, seed: int, **changes: object) -> Syst
 
 def legal_plans(problem: PlanningProblem) -> Iterator[Plan]:
     """Every legal plan without tiles; a head only where the edge is allowed."""
-    from runtime.errors import PlanError
-
     free = problem.graph.num_layers - problem.entry
     heads = [(), *((node.name,) for node in problem.deployment.edges if Tier.EDGE in problem.constraints.allowed_tiers)]
     for rest in itertools.product(Tier, repeat=free):
@@ -120,35 +121,6 @@ def legal_plans(problem: PlanningProblem) -> Iterator[Plan]:
                 continue
 
 
-def predict_s(
-    problem: PlanningProblem, plan: Plan, state: SystemState, *, has_load: bool = True, has_queues: bool = True
-) -> float:
-    """Predicted seconds by plain sums over the route: written apart from the arrays that the rules use."""
-    route = find_route(problem.graph, plan, problem.input_kind)
-    cloud = problem.deployment.cloud
-    names = {Tier.DEVICE: DEVICE_NODE, Tier.EDGE: plan.head or "", Tier.CLOUD: "" if cloud is None else cloud.name}
-    sized = {v.name: state.input_bytes if not v.is_sized else v.tensor.nbytes for v in problem.graph.values}
-    total = 0.0
-    for tier in route.tiers:
-        layers, node = route.stage(tier).layers, state.node(names[tier])
-        k = 1.0 if node is None or not has_load else node.load_factor
-        total += sum(problem.profile.nodes[names[tier]].layer_s[i] for i in layers) * k
-        if layers and has_queues:
-            total += state.device_backlog_s if node is None else node.queue_delay_s
-        if node is not None:
-            total += problem.profile.nodes[node.name].fixed_s
-    for hop, crossing in enumerate(route.up):
-        source, target = names[route.tiers[hop]], names[route.tiers[hop + 1]]
-        made_beyond = {name for tier in route.tiers[hop + 1 :] for name in route.stage(tier).makes}
-        back = set(problem.graph.outputs) & made_beyond
-        for a, b, values in ((source, target, crossing), (target, source, back)):
-            link = state.link(a, b)
-            assert link is not None
-            nbytes = sum(sized[v] / problem.profile.lossless_ratio.get(v, 1.0) for v in values)
-            total += nbytes * 8 / link.samples[0].bandwidth_bps
-        there = state.link(source, target)
-        assert there is not None
-        total += there.rtt_s
-        if hop == 0 and has_queues:
-            total += state.uplink_backlog_bytes * 8 / there.samples[0].bandwidth_bps
-    return total
+def predict_s(problem: PlanningProblem, plan: Plan, state: SystemState) -> float:
+    """Predicted seconds by the cost model, which shares no arithmetic with the rules."""
+    return estimate(problem, plan, state, last_value_arrays).total_s

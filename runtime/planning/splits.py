@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.planning.arrays import FloatArray
 from runtime.planning.estimators import Estimator, Readings
 from runtime.planning.problem import PlanningProblem
+from runtime.planning.rows import CutTables
 from runtime.planning.weights import (
     LastResort,
     Topology,
     Workload,
+    codec_s_per_byte,
     find_topologies,
     has_device,
     is_up,
@@ -52,19 +53,19 @@ class SplitScan:
         """
         n, first = work.num_layers, max((work.entry, *(i + 1 for i in pinned_layers(work.problem))))
         stop = max(n, first + 1) if has_device(work.problem) else first + 1
+        tables, profiles = CutTables.of(work.problem, "auto"), work.problem.profile.nodes
+        device, far = profiles.get(DEVICE_NODE), profiles.get(server.nodes[1])
+        device_s, server_s = work.idle_s(DEVICE_NODE), work.idle_s(server.nodes[1])
         self.name = server.nodes[1]
-        self._work = work
         self._first = first
-        device_s, server_s = work.idle_s(DEVICE_NODE), work.idle_s(self.name)
         self._prefix_s = np.concatenate(([0.0], np.cumsum(device_s)))[first:stop]  # of layers [0, p)
         self._suffix_s = np.concatenate((np.cumsum(server_s[::-1])[::-1], [0.0]))[first:stop]  # of layers [p, n)
-        self._live_bits = _live_bits(work)[first:stop]
-        back = np.zeros(n + 1)
-        for producer, bits in zip(work.output_producers, work.output_bits, strict=True):
-            back[: producer + 1] += bits
-        self._back_bits = back[first:stop]
-        self._num_encoded = 0 if work.encoded < 0 else max(work.consumers[work.encoded][-1] + 1 - first, 0)
-        self._fixed_s = work.fixed_s(self.name)
+        self._up_bits, self._up_coded_bits = tables.up[:2, first:stop] * 8.0
+        self._up_codec_s = tables.up[3, first:stop] * codec_s_per_byte(device, far)
+        self._back_bits, self._back_coded_bits = tables.down[:2, first:stop] * 8.0
+        self._back_codec_s = tables.down[3, first:stop] * codec_s_per_byte(far, device)
+        self._num_encoded = int(np.count_nonzero(tables.up[4, first:stop]))
+        self._message_s = 0.0 if far is None else 2.0 * far.fixed_s  # out and back
 
     def best(self, state: SystemState, readings: Readings, k: float, q: float) -> tuple[float, int]:
         """Find the best split point with at least one layer on the server; on a tie, more layers on the device.
@@ -79,25 +80,18 @@ class SplitScan:
             Predicted seconds, and the split point p.
         """
         up_s_per_bit = 1.0 / readings.rate_bps(DEVICE_NODE, self.name)
-        seconds = self._suffix_s * k
-        seconds += self._live_bits * up_s_per_bit
-        seconds += self._back_bits * (1.0 / readings.rate_bps(self.name, DEVICE_NODE))
+        down_s_per_bit = 1.0 / readings.rate_bps(self.name, DEVICE_NODE)
+        seconds = np.minimum(self._up_bits * up_s_per_bit, self._up_coded_bits * up_s_per_bit + self._up_codec_s)
+        seconds += np.minimum(
+            self._back_bits * down_s_per_bit, self._back_coded_bits * down_s_per_bit + self._back_codec_s
+        )
+        seconds += self._suffix_s * k
         seconds += self._prefix_s
         if self._num_encoded:
             seconds[: self._num_encoded] += state.input_bytes * 8.0 * up_s_per_bit
         index = len(seconds) - 1 - int(seconds[::-1].argmin())
-        extra_s = readings.round_trip_s(DEVICE_NODE, self.name) + self._fixed_s + q
-        return float(seconds[index]) + extra_s, self._first + index
-
-
-def _live_bits(work: Workload) -> FloatArray:
-    """Bits that cross each split point, each value once, the encoded input left out; shape (num_layers + 1,)."""
-    steps = np.zeros(work.num_layers + 2)
-    for producer, readers, bits in zip(work.producers.tolist(), work.consumers, work.bits.tolist(), strict=True):
-        steps[producer + 1] += bits
-        steps[readers[-1] + 1] -= bits
-    live: FloatArray = np.maximum(np.cumsum(steps)[:-1], 0.0)
-    return live
+        out_s, back_s = readings.round_trip_s(DEVICE_NODE, self.name), readings.round_trip_s(self.name, DEVICE_NODE)
+        return float(seconds[index]) + (out_s + back_s) / 2 + self._message_s + q, self._first + index
 
 
 LoadReader = Callable[[SystemState, Readings, str], tuple[float, float]]

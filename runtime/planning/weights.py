@@ -19,7 +19,7 @@ from runtime.errors import PlanError
 from runtime.planning.arrays import FloatArray, IntArray
 from runtime.planning.estimators import Readings
 from runtime.planning.problem import PlanningProblem, private_layers
-from runtime.types import DEVICE_NODE, Plan, SystemState, Tier
+from runtime.types import DEVICE_NODE, NodeProfile, Plan, SystemState, Tier, ValueSpec
 
 Labels: TypeAlias = npt.NDArray[np.intp]
 
@@ -109,10 +109,10 @@ class Workload:
     num_layers: int
     producers: IntArray  # (V,) -1 for what is at hand on the device
     consumers: tuple[tuple[int, ...], ...]  # (V,) ascending, at least one each
-    bits: FloatArray  # (V,) expected on the wire; 0 for the encoded input, whose size the request brings
+    moves: FloatArray  # (3, V) plain bits, coded bits, bytes through the codec; 0 for the encoded input
     encoded: int  # index of the encoded input, -1 when no such value moves
     output_producers: IntArray  # (O,)
-    output_bits: FloatArray  # (O,)
+    returns: FloatArray  # (3, O) the same of the outputs
     read_layers: IntArray  # (R,) the consumers, one value after another
     read_values: IntArray  # (R,) the value each of them reads
     read_offsets: IntArray  # (V,) where each value's consumers begin
@@ -120,24 +120,24 @@ class Workload:
     @classmethod
     def of(cls, problem: PlanningProblem) -> "Workload":
         """Collect the values that a request of this problem may move."""
-        entry, ratios = problem.entry, problem.profile.lossless_ratio
+        entry = problem.entry
         producers: list[int] = []
         consumers: list[tuple[int, ...]] = []
-        bits: list[float] = []
-        outputs: list[tuple[int, float]] = []
+        moves: list[tuple[float, float, float]] = []
+        outputs: list[tuple[int, tuple[float, float, float]]] = []
         encoded = -1
         for value in problem.graph.values:
-            wire_bits = value.tensor.nbytes * 8.0 / max(ratios.get(value.name, 1.0), 1.0)
+            sizes = _sizes(value, problem.profile.lossless_ratio.get(value.name, 1.0))
             readers = tuple(c for c in value.consumers if c >= entry)
             if value.is_output and value.producer >= entry:
-                outputs.append((value.producer, wire_bits))
+                outputs.append((value.producer, sizes))
             if not readers:
                 continue
             if not value.is_sized:
-                encoded, wire_bits = len(bits), 0.0
+                encoded = len(moves)
             producers.append(value.producer if value.producer >= entry else -1)
             consumers.append(readers)
-            bits.append(wire_bits)
+            moves.append(sizes)
         lengths = [len(readers) for readers in consumers]
         return cls(
             problem=problem,
@@ -145,22 +145,22 @@ class Workload:
             num_layers=problem.graph.num_layers,
             producers=np.array(producers, dtype=np.intp),
             consumers=tuple(consumers),
-            bits=np.array(bits),
+            moves=np.array(moves).T,
             encoded=encoded,
             output_producers=np.array([producer for producer, _ in outputs], dtype=np.intp),
-            output_bits=np.array([wire_bits for _, wire_bits in outputs]),
+            returns=np.array([sizes for _, sizes in outputs]).reshape(-1, 3).T,
             read_layers=np.array([c for readers in consumers for c in readers], dtype=np.intp),
             read_values=np.repeat(np.arange(len(lengths)), lengths),
             read_offsets=np.cumsum([0, *lengths[:-1]], dtype=np.intp),
         )
 
-    def moved_bits(self, state: SystemState) -> FloatArray:
-        """Expected bits of every value for this request, shape (V,)."""
+    def all_moves(self, state: SystemState) -> FloatArray:
+        """`moves` with the bytes that this request's encoded input really has, shape (3, V)."""
         if self.encoded < 0:
-            return self.bits
-        bits = self.bits.copy()
-        bits[self.encoded] = state.input_bytes * 8.0
-        return bits
+            return self.moves
+        moves = self.moves.copy()
+        moves[:2, self.encoded] = state.input_bytes * 8.0
+        return moves
 
     def spans(self, labels: Labels) -> tuple[Labels, Labels]:
         """Find for every value the label where it is made and the last one where it is read, each of shape (V,)."""
@@ -177,11 +177,6 @@ class Workload:
             seconds[np.isnan(seconds)] = np.inf
         seconds[: self.entry] = 0.0
         return seconds
-
-    def fixed_s(self, node: str) -> float:
-        """Fixed seconds per message on one node."""
-        profile = self.problem.profile.nodes.get(node)
-        return 0.0 if profile is None else profile.fixed_s
 
     def make_plan(self, labels: Labels, topology: Topology) -> Plan:
         """Turn labels into a plan; one that stays on the device names no edge node."""
@@ -219,18 +214,6 @@ class Costs:
         labels[: self.work.entry] = 0
         return labels
 
-    def without_middle(self) -> "Costs":
-        """Leave out the tier between the device and the last one: it only passes on what crosses."""
-        return Costs(
-            self.work,
-            (self.tiers[0], self.tiers[-1]),
-            self.layer_s[[0, -1]],
-            self.up_s.sum(axis=0, keepdims=True),
-            self.result_s.sum(axis=0, keepdims=True),
-            (sum(self.hop_s),),
-            (self.queue_s[0], self.queue_s[-1]),
-        )
-
 
 class Weigher:
     """Gives the costs of one topology; keeps what does not depend on the state."""
@@ -248,9 +231,22 @@ class Weigher:
         if not has_device(work.problem):
             self._idle_s[0, work.entry :] = np.inf
         self._idle_s[1:, list(pinned_layers(work.problem))] = np.inf
-        self._fixed_s = [work.fixed_s(name) for name in topology.nodes]
+        profiles = [work.problem.profile.nodes.get(name) for name in topology.nodes]
+        self._hops = [*itertools.pairwise(topology.nodes)]
+        self._message_s = [0.0 if far is None else 2.0 * far.fixed_s for far in profiles[1:]]  # out and back
+        ends = [*itertools.pairwise(profiles)]
+        self._up_codec_s = np.array([codec_s_per_byte(near, far) for near, far in ends])
+        self._down_codec_s = np.array([codec_s_per_byte(far, near) for near, far in ends])
 
-    def weigh(self, state: SystemState, readings: Readings, *, has_load: bool = True, has_queues: bool = True) -> Costs:
+    def weigh(
+        self,
+        state: SystemState,
+        readings: Readings,
+        *,
+        has_load: bool = True,
+        has_queues: bool = True,
+        is_relay: bool = False,
+    ) -> Costs:
         """Price every layer on every tier and every value on every hop.
 
         Args:
@@ -258,32 +254,72 @@ class Weigher:
             readings: rates, round trips, k and q.
             has_load: False takes every node as idle (k = 1).
             has_queues: False leaves out queue delays and backlogs.
+            is_relay: True leaves out the middle tier, which then only passes on what crosses, as it came.
         """
         nodes = self.topology.nodes
-        k = [1.0, *(readings.k(name) if has_load else 1.0 for name in nodes[1:])]
-        factors = [factor if is_up(state, name) else math.inf for factor, name in zip(k, nodes, strict=True)]
-        factors = [factor if factor >= 1.0 else 1.0 for factor in factors]  # NaN: not known, taken as idle
-        with np.errstate(invalid="ignore"):  # 0 * inf, before the entry and on free layers
-            layer_s = self._idle_s * np.array(factors)[:, None]
-        layer_s[np.isnan(layer_s)] = np.inf
-        layer_s[:, : self.work.entry] = 0.0
-        hops = [*itertools.pairwise(nodes)]
-        up_s_per_bit = np.array([1.0 / readings.rate_bps(a, b) for a, b in hops])
-        down_s_per_bit = np.array([1.0 / readings.rate_bps(b, a) for a, b in hops])
-        hop_s = [readings.round_trip_s(a, b) + self._fixed_s[i + 1] for i, (a, b) in enumerate(hops)]
+        up_s_per_bit = np.array([1.0 / readings.rate_bps(a, b) for a, b in self._hops])
+        down_s_per_bit = np.array([1.0 / readings.rate_bps(b, a) for a, b in self._hops])
+        hop_s = [
+            (readings.round_trip_s(a, b) + readings.round_trip_s(b, a)) / 2 + message_s
+            for (a, b), message_s in zip(self._hops, self._message_s, strict=True)
+        ]
         queue_s = [0.0] * len(nodes)
         if has_queues:
             queue_s = [state.device_backlog_s, *(readings.q(name) for name in nodes[1:])]
-            hop_s[0] += state.uplink_backlog_bytes * 8.0 * float(up_s_per_bit[0])
+            backlogs = [state.uplink_backlog_bytes, *(_backlog_bytes(state, a, b) for a, b in self._hops[1:])]
+            hop_s = [s + n * 8.0 * float(u) for s, n, u in zip(hop_s, backlogs, up_s_per_bit, strict=True)]
+        tiers, layer_s = self.topology.tiers, self._layer_s(state, readings, has_load=has_load)
+        up_codec_s, down_codec_s = self._up_codec_s, self._down_codec_s
+        if is_relay:
+            tiers, layer_s, queue_s = (tiers[0], tiers[-1]), layer_s[[0, -1]], [queue_s[0], queue_s[-1]]
+            up_s_per_bit, down_s_per_bit, hop_s = up_s_per_bit.sum()[None], down_s_per_bit.sum()[None], [sum(hop_s)]
+            up_codec_s, down_codec_s = up_codec_s[:1], down_codec_s[:1]
         return Costs(
             self.work,
-            self.topology.tiers,
+            tiers,
             layer_s,
-            up_s_per_bit[:, None] * self.work.moved_bits(state),
-            down_s_per_bit[:, None] * self.work.output_bits,
-            tuple(0.0 if math.isnan(s) else s for s in hop_s),
-            tuple(0.0 if math.isnan(s) else s for s in queue_s),
+            _transfer_s(self.work.all_moves(state), up_s_per_bit, up_codec_s),
+            _transfer_s(self.work.returns, down_s_per_bit, down_codec_s),
+            tuple(hop_s),
+            tuple(queue_s),
         )
+
+    def _layer_s(self, state: SystemState, readings: Readings, *, has_load: bool) -> FloatArray:
+        nodes = self.topology.nodes
+        k = [1.0, *(readings.k(name) if has_load else 1.0 for name in nodes[1:])]
+        factors = [factor if is_up(state, name) else math.inf for factor, name in zip(k, nodes, strict=True)]
+        with np.errstate(invalid="ignore"):  # 0 * inf on layers that take no time
+            layer_s: FloatArray = self._idle_s * np.array(factors)[:, None]
+        layer_s[np.isnan(layer_s)] = np.inf
+        layer_s[:, : self.work.entry] = 0.0
+        return layer_s
+
+
+def _sizes(value: ValueSpec, ratio: float) -> tuple[float, float, float]:
+    """Plain bits, coded bits, bytes through the codec on each side."""
+    if not value.is_sized:
+        return 0.0, 0.0, 0.0
+    bits = value.tensor.nbytes * 8.0
+    return (bits, bits / ratio, bits / 8.0) if ratio > 1.0 else (bits, bits, 0.0)
+
+
+def codec_s_per_byte(source: NodeProfile | None, target: NodeProfile | None) -> float:
+    """Seconds per byte for coding on one side and decoding on the other."""
+    encode = 0.0 if source is None else 1.0 / source.encode_bytes_per_s
+    return encode + (0.0 if target is None else 1.0 / target.decode_bytes_per_s)
+
+
+def _transfer_s(sizes: FloatArray, s_per_bit: FloatArray, codec_s: FloatArray) -> FloatArray:
+    """Seconds of every value over every hop, plain or coded as is faster, shape (hops, values)."""
+    plain_bits, coded_bits, codec_bytes = sizes
+    coded_s = s_per_bit[:, None] * coded_bits + codec_s[:, None] * codec_bytes
+    seconds: FloatArray = np.minimum(s_per_bit[:, None] * plain_bits, coded_s)
+    return seconds
+
+
+def _backlog_bytes(state: SystemState, source: str, target: str) -> int:
+    link = state.link(source, target)
+    return 0 if link is None else link.backlog_bytes
 
 
 class LastResort:

@@ -19,8 +19,9 @@ class OptimalPolicy:
     """Answers the plan without tiles that is predicted fastest of all.
 
     With an edge node everything goes through it; without one the device - cloud link is used. The least of the minimum
-    cuts is the optimum. The queue delay of a middle tier cannot be part of a cut, so each three-tier cut is compared
-    with the one that runs nothing in the middle.
+    cuts is the optimum. The queue delay of a middle tier cannot be part of a cut, nor that a mere relay
+    does not code anew what it passes on: so each three-tier cut is compared with the one that runs nothing in between.
+    The uplink's backlog counts in full, though a device that computes meanwhile waits less.
     """
 
     work: Workload
@@ -46,8 +47,8 @@ class OptimalPolicy:
             labels, seconds = self._cut(costs)
             if seconds < best_s:
                 best_s, best = seconds, self.work.make_plan(labels, weigher.topology)
-            if len(costs.tiers) == 3 and costs.queue_s[1] > 0:
-                labels, seconds = self._cut(costs.without_middle())
+            if len(costs.tiers) == 3:
+                labels, seconds = self._cut(weigher.weigh(state, readings, has_queues=self.has_queues, is_relay=True))
                 if seconds < best_s:
                     best_s, best = seconds, self.work.make_plan(labels * 2, weigher.topology)
         if best is None:
