@@ -144,9 +144,24 @@ def tuned_arrays(state: StateArrays, settings: TunedSettings = _FRESH) -> Readin
 
 
 def last_value(state: SystemState) -> Readings:
-    """Believe the newest sample of each link, and each node's k and q as last heard."""
-    layout = Layout.of_state(state)
-    return _named(layout, last_value_arrays(encode_states(layout, (state,))))
+    """Believe the newest sample of each link, and each node's k and q as last heard.
+
+    The same as `last_value_arrays`, in plain numbers: arrays of one would cost a scan of 500 layers several times over.
+    """
+    bandwidth: dict[tuple[str, str], float] = {}
+    rtt: dict[tuple[str, str], float] = {}
+    for link in state.links:
+        newest_bps = link.samples[0].bandwidth_bps if link.samples else math.nan
+        bps = link.mean_bandwidth_bps if math.isnan(newest_bps) else newest_bps
+        bandwidth[link.source, link.target] = bps if math.isnan(bps) else max(bps, MIN_BANDWIDTH_BPS)
+        rtt[link.source, link.target] = link.rtt_s
+    # NaN compares as not above: a node that never told its load counts as idle.
+    return Readings(
+        bandwidth_bps=bandwidth,
+        rtt_s=rtt,
+        load_factor={n.name: n.load_factor if n.load_factor > 1.0 else 1.0 for n in state.nodes},
+        queue_delay_s={n.name: n.queue_delay_s if n.queue_delay_s > 0.0 else 0.0 for n in state.nodes},
+    )
 
 
 def tuned(state: SystemState, settings: TunedSettings = _FRESH) -> Readings:
