@@ -9,16 +9,19 @@ from rich.console import Console
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads its thread pool
 
 from agent.bench.echo import EchoConfig, run_echo
+from agent.bench.plan import PlanConfig, run_plan
 from agent.bench.recovery import RecoveryConfig, run_recovery
 from agent.bench.split import SplitConfig, run_split
 
 if __name__ == "__main__":
     config = tyro.extras.subcommand_cli_from_dict(
-        {"echo": EchoConfig, "recovery": RecoveryConfig, "split": SplitConfig}
+        {"echo": EchoConfig, "plan": PlanConfig, "recovery": RecoveryConfig, "split": SplitConfig}
     )
     match config:
         case EchoConfig():
             report = run_echo(config)
+        case PlanConfig():
+            report = run_plan(config)
         case RecoveryConfig():
             report = run_recovery(config)
         case SplitConfig():

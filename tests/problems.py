@@ -61,14 +61,16 @@ def random_problem(
         if v.is_sized
     }
     graph = with_sizes(graph, sizes, f"random-{seed}-{length}-{is_chain}-{has_stage}")
-    deployment = make_deployment(edges=edges, has_cloud=has_cloud, constraints=constraints)
+    deployment = make_deployment(edges=edges, has_cloud=has_cloud)
     layer_s = rng.lognormal(math.log(0.2 / length), 1.0, graph.num_layers)
-    nodes = {DEVICE_NODE: _profile(layer_s)}
+    # So fast that coding always pays, or never: rules choose per value, the cost model per transfer.
+    codec_bytes_per_s = 1e11 if seed % 4 else 1e3
+    nodes = {DEVICE_NODE: _profile(layer_s, codec_bytes_per_s)}
     for node in deployment.nodes:
         factor = SPEED[node.tier] * rng.lognormal(0.0, 0.3, graph.num_layers)
-        nodes[node.name] = _profile(layer_s * factor, fixed_s=float(rng.uniform(0, 1e-3)))
-    ratios = {v.name: float(rng.uniform(1, 2)) for v in graph.values if rng.random() < 0.5 and v.is_sized}
-    return PlanningProblem(ModelProfile(graph, nodes, ratios), deployment, deployment.constraints, input_kind)
+        nodes[node.name] = _profile(layer_s * factor, codec_bytes_per_s, fixed_s=float(rng.uniform(0, 1e-3)))
+    ratios = {v.name: float(rng.uniform(1.2, 2)) for v in graph.values if rng.random() < 0.5 and v.is_sized}
+    return PlanningProblem(ModelProfile(graph, nodes, ratios), deployment, constraints or Constraints(), input_kind)
 
 
 def with_sizes(graph: GraphSpec, sizes: dict[str, int], graph_id: str) -> GraphSpec:
@@ -80,8 +82,8 @@ def with_sizes(graph: GraphSpec, sizes: dict[str, int], graph_id: str) -> GraphS
     return replace(graph, values=values, graph_id=graph_id)
 
 
-def _profile(layer_s: np.ndarray, fixed_s: float = 0.0) -> NodeProfile:
-    return NodeProfile(tuple(layer_s.tolist()), 1e9, 1e9, fixed_s)
+def _profile(layer_s: np.ndarray, codec_bytes_per_s: float, fixed_s: float = 0.0) -> NodeProfile:
+    return NodeProfile(tuple(layer_s.tolist()), codec_bytes_per_s, codec_bytes_per_s, fixed_s)
 
 
 def link_ends(problem: PlanningProblem) -> list[tuple[str, str]]:

@@ -301,6 +301,8 @@ class D3Policy:
     is_stateful: bool = True
     num_touched: int = 0
     """Layers that the last decision labelled; 0 when it kept its plan."""
+    num_updates: int = 0
+    """Local updates since the start or the last `reset`."""
     _plan: Plan | None = None
     _up: tuple[bool, ...] = ()
     _reference: FloatArray = field(default_factory=lambda: np.zeros(0))
@@ -320,6 +322,7 @@ class D3Policy:
         is_out = np.abs(conditions - self._reference) > THRESHOLD * self._reference
         self._streak = np.where(is_out, self._streak + 1, 0)
         if self._dwell >= MIN_DWELL and (self._streak >= NUM_SAMPLES).any():
+            self.num_updates += 1
             return self._label(state, readings, conditions, is_local=True)
         return self._plan
 
@@ -327,6 +330,7 @@ class D3Policy:
         """Forget the labels: the next decision labels everything."""
         self._plan = None
         self._up = ()
+        self.num_updates = 0
 
     def gap_to_optimal_frac(self, state: SystemState) -> float:
         """Predicted latency of the plan in force over the least there is, minus 1; queue delays left out in both."""
