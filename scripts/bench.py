@@ -17,6 +17,7 @@ if __name__ == "__main__":
     config = tyro.extras.subcommand_cli_from_dict(
         {"echo": EchoConfig, "plan": PlanConfig, "recovery": RecoveryConfig, "split": SplitConfig}
     )
+    assert isinstance(config, EchoConfig | PlanConfig | RecoveryConfig | SplitConfig)
     match config:
         case EchoConfig():
             report = run_echo(config)

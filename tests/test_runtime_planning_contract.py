@@ -23,7 +23,7 @@ PUBLISHED = [
 SUFFIXED = [
     name + suffix for name in ("loadpart", "dads-k", "d3", "optimal") for suffix in ("+tuned", "@cloud", "@edge+tuned")
 ]
-EVERY = [*PLAIN, *SUFFIXED]
+EVERY = [*PLAIN, *SUFFIXED, "fixed:1,2", "fixed:1,1@edge0"]
 
 SUBSETS = [tuple(t for t in Tier if mask >> t & 1) for mask in range(1, 8)]
 LIMITS = st.builds(
