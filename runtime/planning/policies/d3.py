@@ -16,17 +16,19 @@ References:
 """
 
 import heapq
+import itertools
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.planning.arrays import FloatArray
+from runtime.planning.arrays import FloatArray, IntArray
 from runtime.planning.estimators import Estimator, Readings, last_value
 from runtime.planning.policies.optimal import OptimalPolicy, build_optimal
 from runtime.planning.problem import PlanningProblem
-from runtime.planning.weights import LastResort, Weigher, Workload, find_topologies, is_up
+from runtime.planning.weights import LastResort, Topology, Weigher, Workload, find_topologies, is_up
 from runtime.types import Plan, SystemState
 
 THRESHOLD = 0.2
@@ -108,6 +110,7 @@ class _Partition:
     def __init__(self, graph: _Graph, weigher: Weigher) -> None:
         self.topology = weigher.topology
         self.num_touched = 0  # layers labelled by the last run or update
+        self.predicted_s = math.inf  # of the labels, under the costs they were made with
         self._weigher = weigher
         self._graph = graph
         self._tiers = np.array(self.topology.tiers)
@@ -172,6 +175,7 @@ class _Partition:
             self._move_siblings(j)
         self.num_touched = n - entry
         self._take_labels()
+        self.predicted_s = self._costs.total_s(self._own)
 
     def update(self) -> None:
         """Label again what the new costs make wrong, and what follows from it."""
@@ -179,6 +183,7 @@ class _Partition:
         self.num_touched = 0
         queue = [graph.rank[j] for j in self._find_wrong()]
         if not queue:
+            self.predicted_s = self._costs.total_s(self._own)
             return
         self._take_lists()
         heapq.heapify(queue)
@@ -199,6 +204,7 @@ class _Partition:
                 for follower in (follower for i in moved for follower in graph.followers[i]):
                     heapq.heappush(queue, graph.rank[follower])
         self._take_labels()
+        self.predicted_s = self._costs.total_s(self._own)
 
     def _take_lists(self) -> None:
         """Copy what the walk reads layer by layer: lists are several times faster there than arrays."""
@@ -278,9 +284,9 @@ class _Partition:
         found: list[int] = np.flatnonzero(wrong).tolist()
         return found
 
-    def predict_s(self) -> float:
-        """Predicted seconds of the labels."""
-        return self._costs.total_s(self._own)
+    def price(self, state: SystemState, readings: Readings) -> float:
+        """Predict the seconds of the labels in another state."""
+        return self._weigher.weigh(state, readings, has_queues=False).total_s(self._own)
 
     def make_plan(self) -> Plan:
         """Turn the labels into a plan, once."""
@@ -289,12 +295,35 @@ class _Partition:
         return self._plan
 
 
+class _Watch:
+    """What is held to the thresholds: load factors, rates of links, the bytes of an encoded input."""
+
+    def __init__(self, work: Workload, topologies: tuple[Topology, ...]) -> None:
+        self._has_encoded = work.encoded >= 0
+        self._nodes = [node.name for node in work.problem.deployment.nodes]
+        hops = [itertools.pairwise(topology.nodes) for topology in topologies]
+        self._links = list(dict.fromkeys(itertools.chain.from_iterable(hops)))
+        first_link, last = len(self._nodes), len(self._nodes) + len(self._links)
+        self.slots: dict[Topology, IntArray] = {}  # of what matters to each topology
+        for topology in topologies:
+            nodes = [self._nodes.index(name) for name in topology.nodes[1:]]
+            links = [first_link + self._links.index(hop) for hop in itertools.pairwise(topology.nodes)]
+            self.slots[topology] = np.array([*nodes, *links, last])
+
+    def read(self, state: SystemState, readings: Readings) -> FloatArray:
+        """Read them all."""
+        factors = [readings.k(name) for name in self._nodes]
+        rates = [readings.rate_bps(source, target) for source, target in self._links]
+        return np.array([*factors, *rates, float(state.input_bytes) if self._has_encoded else 1.0])
+
+
 @dataclass(slots=True)
 class D3Policy:
     """HPA at first, local updates of its labels later; remembers its labels and the readings they were made with."""
 
     work: Workload
     partitions: tuple[_Partition, ...]
+    watch: _Watch
     last_resort: LastResort
     oracle: OptimalPolicy
     estimator: Estimator
@@ -313,18 +342,26 @@ class D3Policy:
         """Keep the plan, or label again what the readings tell to."""
         readings = self.estimator(state)
         up = tuple(is_up(state, node.name) for node in self.work.problem.deployment.nodes)
-        conditions = self._conditions(state, readings)
+        conditions = self.watch.read(state, readings)
         self.num_touched = 0
         if self._plan is None or up != self._up:
             self._up = up
-            return self._label(state, readings, conditions, is_local=False)
+            self._reference, self._streak = conditions, np.zeros(len(conditions))
+            return self._label(state, readings, full=self.partitions, local=())
         self._dwell += 1
         is_out = np.abs(conditions - self._reference) > THRESHOLD * self._reference
         self._streak = np.where(is_out, self._streak + 1, 0)
-        if self._dwell >= MIN_DWELL and (self._streak >= NUM_SAMPLES).any():
-            self.num_updates += 1
-            return self._label(state, readings, conditions, is_local=True)
-        return self._plan
+        if self._dwell < MIN_DWELL or self._streak.max() < NUM_SAMPLES:
+            return self._plan
+        self.num_updates += 1
+        affected = []
+        for partition in self.partitions:
+            own = self.watch.slots[partition.topology]
+            if (self._streak[own] >= NUM_SAMPLES).any():
+                affected.append(partition)
+                self._reference[own] = conditions[own]
+        self._streak = np.zeros(len(conditions))
+        return self._label(state, readings, full=(), local=affected)
 
     def reset(self) -> None:
         """Forget the labels: the next decision labels everything."""
@@ -333,44 +370,39 @@ class D3Policy:
         self.num_updates = 0
 
     def gap_to_optimal_frac(self, state: SystemState) -> float:
-        """Predicted latency of the plan in force over the least there is, minus 1; queue delays left out in both."""
-        readings = self.estimator(state)
-        usable = [p for p in self.partitions if p.topology.is_usable(state)]
-        chosen = [p for p in usable if p.make_plan() == self._plan]
+        """Predicted latency of the plan in force over the least there is, minus 1; queue delays left out in both.
+
+        NaN where no labels are in force.
+        """
+        chosen = [p for p in self.partitions if p.topology.is_usable(state) and p.make_plan() == self._plan]
         if not chosen:
             return math.nan
-        chosen[0].weigh(state, readings)
-        return chosen[0].predict_s() / self.oracle.solve(state)[1] - 1.0
+        seconds = chosen[0].price(state, self.estimator(state))
+        return seconds / self.oracle.solve(state)[1] - 1.0
 
-    def _conditions(self, state: SystemState, readings: Readings) -> FloatArray:
-        """Everything that is held to the thresholds: load factors, rates, the bytes of an encoded input."""
-        factors = [readings.k(node.name) for node in self.work.problem.deployment.nodes]
-        links = dict.fromkeys(
-            hop for p in self.partitions for hop in zip(p.topology.nodes[:-1], p.topology.nodes[1:], strict=True)
-        )
-        input_bytes = float(state.input_bytes) if self.work.encoded >= 0 else 1.0
-        return np.array([*factors, *(readings.rate_bps(a, b) for a, b in links), input_bytes])
-
-    def _label(self, state: SystemState, readings: Readings, conditions: FloatArray, *, is_local: bool) -> Plan:
-        """Run HPA or the local update on every topology in reach, and take the cheapest."""
+    def _label(
+        self, state: SystemState, readings: Readings, *, full: Sequence[_Partition], local: Sequence[_Partition]
+    ) -> Plan:
+        """Run HPA on some topologies, the local update on others, and take the cheapest of all in reach."""
         best: _Partition | None = None
         best_s = math.inf
         for partition in self.partitions:
             if not partition.topology.is_usable(state):
                 continue
-            partition.weigh(state, readings)
-            if is_local:
-                partition.update()
-            else:
+            if partition in full:
+                partition.weigh(state, readings)
                 partition.run()
-            self.num_touched += partition.num_touched
-            seconds = partition.predict_s()
-            if seconds < best_s:
-                best, best_s = partition, seconds
+            elif partition in local:
+                partition.weigh(state, readings)
+                partition.update()
+            if partition in full or partition in local:
+                self.num_touched += partition.num_touched
+            if partition.predicted_s < best_s:
+                best, best_s = partition, partition.predicted_s
         self._plan = self.last_resort.plan(state) if best is None else best.make_plan()
-        self._reference, self._streak, self._dwell = conditions, np.zeros(len(conditions)), 0
+        self._dwell = 0
         if _log.isEnabledFor(logging.DEBUG):
-            kind, gap_frac = "local update" if is_local else "full run", self.gap_to_optimal_frac(state)
+            kind, gap_frac = "full run" if full else "local update", self.gap_to_optimal_frac(state)
             _log.debug("%s labelled %d layers: %.1f %% above the optimum", kind, self.num_touched, 100 * gap_frac)
         return self._plan
 
@@ -385,4 +417,5 @@ def build_d3(problem: PlanningProblem, estimator: Estimator = last_value) -> D3P
     graph = _Graph(work)
     partitions = tuple(_Partition(graph, Weigher(work, topology)) for topology in topologies)
     oracle = build_optimal(problem, estimator, has_queues=False)
-    return D3Policy(work, partitions, LastResort(work, topologies), oracle, estimator)
+    watch = _Watch(work, topologies)
+    return D3Policy(work, partitions, watch, LastResort(work, topologies), oracle, estimator)

@@ -7,10 +7,12 @@ References:
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from runtime.planning.estimators import Estimator, last_value
 from runtime.planning.mincut import OrderedCut
 from runtime.planning.problem import PlanningProblem
-from runtime.planning.weights import Costs, Labels, LastResort, Weigher, Workload, find_topologies
+from runtime.planning.weights import Costs, Labels, LastResort, Topology, Weigher, Workload, find_topologies
 from runtime.types import Plan, SystemState
 
 
@@ -38,23 +40,35 @@ class OptimalPolicy:
 
     def solve(self, state: SystemState) -> tuple[Plan, float]:
         """Give the plan and its predicted seconds, which are infinite when nothing can be predicted."""
-        readings = self.estimator(state)
         best_s, best = math.inf, None
-        for weigher in self.weighers:
-            if not weigher.topology.is_usable(state):
-                continue
-            costs = weigher.weigh(state, readings, has_queues=self.has_queues)
+        for topology, costs in self._find_problems(state):
             labels, seconds = self._cut(costs)
             if seconds < best_s:
-                best_s, best = seconds, self.work.make_plan(labels, weigher.topology)
+                labels = np.array([topology.tiers.index(tier) for tier in costs.tiers])[labels]
+                best_s, best = seconds, self.work.make_plan(labels, topology)
+        return (self.last_resort.plan(state) if best is None else best), best_s
+
+    def _find_problems(self, state: SystemState) -> list[tuple[Topology, Costs]]:
+        """Price every topology in reach, and every head as a mere relay, but for ways to the cloud that cannot win."""
+        readings = self.estimator(state)
+        problems: list[tuple[Topology, Costs]] = []
+        to_cloud: list[tuple[Topology, Costs]] = []
+        for weigher in self.weighers:
+            topology = weigher.topology
+            if not topology.is_usable(state):
+                continue
+            costs = weigher.weigh(state, readings, has_queues=self.has_queues)
+            (to_cloud if topology.head is None else problems).append((topology, costs))
             if len(costs.tiers) == 3:
-                labels, seconds = self._cut(weigher.weigh(state, readings, has_queues=self.has_queues, is_relay=True))
-                if seconds < best_s:
-                    best_s, best = seconds, self.work.make_plan(labels * 2, weigher.topology)
-        if best is None:
-            plan = self.last_resort.plan(state)
-            return plan, best_s
-        return best, best_s
+                relay = weigher.weigh(state, readings, has_queues=self.has_queues, is_relay=True)
+                to_cloud.append((topology, relay))
+        for index, (topology, costs) in enumerate(to_cloud):
+            rivals = [(rank, other) for rank, (_, other) in enumerate(to_cloud) if rank != index]
+            if not any(
+                _is_faster(other, costs) and (rank < index or not _is_faster(costs, other)) for rank, other in rivals
+            ):
+                problems.append((topology, costs))
+        return problems
 
     def _cut(self, costs: Costs) -> tuple[Labels, float]:
         """Solve one topology; the answer is never worse than the plans that use one tier."""
@@ -68,6 +82,15 @@ class OptimalPolicy:
 
     def reset(self) -> None:
         """Nothing to forget."""
+
+
+def _is_faster(one: Costs, other: Costs) -> bool:
+    """Whether one way to the same nodes takes no longer than another, whatever is sent."""
+    return (
+        one.hop_s <= other.hop_s
+        and bool((one.up_s <= other.up_s).all())
+        and bool((one.result_s <= other.result_s).all())
+    )
 
 
 def build_optimal(
