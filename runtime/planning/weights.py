@@ -180,7 +180,7 @@ class Workload:
 
     def make_plan(self, labels: Labels, topology: Topology) -> Plan:
         """Turn labels into a plan; one that stays on the device names no edge node."""
-        tiers = tuple(topology.tiers[label] for label in labels.tolist())
+        tiers = tuple(map(topology.tiers.__getitem__, labels.tolist()))
         is_local = not labels.any()
         return Plan(tiers, () if is_local or topology.head is None else (topology.head,))
 
