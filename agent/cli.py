@@ -10,16 +10,19 @@ from typing import Annotated, Any, TypeAlias, Union
 
 import tyro
 
-from agent.config import CheckConfig, InferConfig, KeysConfig, LayersConfig, MeasureConfig, StatusConfig
+from agent.config import CheckConfig, InferConfig, KeysConfig, LayersConfig, MeasureConfig, PlanConfig, StatusConfig
 from agent.tables import loading
 from runtime.errors import OffcutError
 from runtime.node.config import WorkerConfig
 
-Config: TypeAlias = WorkerConfig | InferConfig | StatusConfig | CheckConfig | LayersConfig | MeasureConfig | KeysConfig
+Config: TypeAlias = (
+    WorkerConfig | InferConfig | PlanConfig | StatusConfig | CheckConfig | LayersConfig | MeasureConfig | KeysConfig
+)
 
 COMMANDS: dict[str, type[Config]] = {
     "worker": WorkerConfig,
     "infer": InferConfig,
+    "plan": PlanConfig,
     "status": StatusConfig,
     "check": CheckConfig,
     "layers": LayersConfig,
@@ -59,6 +62,10 @@ def run(command: Config) -> None:
                 from agent.infer import run_infer
 
             run_infer(command, prepared)
+        case PlanConfig():
+            from agent.plan import run_plan
+
+            run_plan(command)
         case StatusConfig():
             from agent.status import run_status
 

@@ -113,6 +113,36 @@ class StatusConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """Show the plans that are predicted to be fastest now, where their time would go, and why the others lose."""
+
+    deployment: Annotated[Path, tyro.conf.Positional]
+    """A deployment.toml."""
+
+    input_bytes: int | None = None
+    """Bytes of one request; none takes the tensor's own, or a typical picture's."""
+
+    top: int = 5
+    """How many plans to print."""
+
+    listen_s: float = 2.0
+    """How long to listen to the nodes before planning: links are measured meanwhile."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        if self.top < 1:
+            raise ConfigError(f"expected --top >= 1, got {self.top}")
+        if self.input_bytes is not None and self.input_bytes < 1:
+            raise ConfigError(f"expected --input-bytes >= 1, got {self.input_bytes}")
+        if not 0.0 <= self.listen_s < float("inf"):
+            raise ConfigError(f"expected --listen-s >= 0, got {self.listen_s}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckConfig:
     """Check a deployment: the file, the keys, that every node answers and runs the same model; exits with 1 if not."""
 

@@ -68,7 +68,7 @@ class DemoConfig:
     photo: Path | None = None
     """A JPEG or PNG; none takes a photograph that scikit-learn ships."""
 
-    repeat: int = 4
+    repeat: int = 3
     """Requests per rule and phase."""
 
     out: Path = Path("runs/demo")
@@ -161,6 +161,9 @@ def _rules(graph: GraphSpec) -> dict[str, PolicySpec]:
         "device only": load_policy("device-only"),
         "JPEG to cloud": load_policy("cloud-only"),
         f"split at {cut}": load_policy(f"fixed:{cut},{graph.num_layers}@edge0"),
+        "LoADPart": load_policy("loadpart"),
+        "D3": load_policy("d3"),
+        "planner": load_policy("planner"),
     }
 
 

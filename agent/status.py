@@ -70,6 +70,8 @@ def _print_session(console: Console, session: dict[str, Any]) -> None:
     console.print(f"requests: {outcomes}")
     for name, why in session.get("unusable", {}).items():
         console.print(f"  {name}: {why}" if name not in why else f"  {why}", markup=False, soft_wrap=True)
+    for reason, count in session.get("guard_reasons", {}).items():
+        console.print(f"  guard: the fallback rule decided, {count}x: {reason}", markup=False)
     for reason, count in session["fallback_reasons"].items():
         console.print(f"  finished on the device, {count}x: {reason}", markup=False)
 

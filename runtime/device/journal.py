@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from runtime.device.contacts import Contacts
@@ -97,7 +98,9 @@ class Journal:
             )
         )
 
-    def write_status(self, contacts: Contacts, state: SystemState, policy: str, *, is_running: bool) -> None:
+    def write_status(
+        self, contacts: Contacts, state: SystemState, policy: str, *, guard: Mapping[str, int], is_running: bool
+    ) -> None:
         """Replace `status.json`; a folder that is gone or full must not cost an answer."""
         if self._folder is None:
             return
@@ -113,6 +116,7 @@ class Journal:
             "plan": None if plan is None else plan.describe(),
             "outcomes": dict(self._counts),
             "fallback_reasons": dict(self._reasons),
+            "guard_reasons": guard,
             "device_backlog_s": state.device_backlog_s,
             "uplink_backlog_bytes": state.uplink_backlog_bytes,
             "nodes": state.nodes,

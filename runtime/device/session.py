@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,10 @@ from runtime.model.inputs import Admitted, admit
 from runtime.node.emulation import Emulator
 from runtime.node.job import HostedModel
 from runtime.planning.cost import estimate, sum_layers
+from runtime.planning.policies.guard import GuardedPolicy
 from runtime.planning.policies.registry import PolicySpec
 from runtime.planning.problem import PlanningProblem, Policy, check_plan, find_route
+from runtime.profiles.shipped import shipped_ratios
 from runtime.types import (
     DEVICE_NODE,
     INPUT_KINDS,
@@ -123,6 +125,7 @@ class Session:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._policies: dict[str, tuple[PlanningProblem, Policy]] = {}
+        self._ratios: Mapping[str, float] = {}
         self._client = Client(
             deployment,
             self._local,
@@ -136,6 +139,7 @@ class Session:
             self._client.contacts.wait_described(connect_timeout_s)
             self._check_contacts(connect_timeout_s)
             self._journal.model_id = self.model_id
+            self._ratios = shipped_ratios(deployment.model.spec, self.graph.graph_id)
             self._policy(deployment.model.input_kind)  # refuses at once what can never be legal
         except BaseException:
             self.close()
@@ -271,7 +275,11 @@ class Session:
     def _write_status(self) -> None:
         state = self.state(self.deployment.model.input_kind, 0, 0.0)
         is_running = not self._client.is_closing
-        self._journal.write_status(self._client.contacts, state, self.policy_spec.name, is_running=is_running)
+        known = self._policies.get(self.deployment.model.input_kind)
+        guard = dict(known[1].reasons) if known is not None and isinstance(known[1], GuardedPolicy) else {}
+        self._journal.write_status(
+            self._client.contacts, state, self.policy_spec.name, guard=guard, is_running=is_running
+        )
 
     # --- one request ------------------------------------------------------------------------------------------------
 
@@ -373,7 +381,7 @@ class Session:
             nodes[DEVICE_NODE] = self._local.profile
         known = self._policies.get(kind)
         if known is None or known[0].profile.nodes != nodes:
-            profile = ModelProfile(self.graph, nodes)
+            profile = ModelProfile(self.graph, nodes, self._ratios)
             problem = PlanningProblem(profile, self.deployment, self.deployment.constraints, kind)
             known = (problem, self.policy_spec.build(problem))
             self._policies[kind] = known

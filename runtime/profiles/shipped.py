@@ -4,6 +4,7 @@
 """
 
 import gzip
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -69,6 +70,14 @@ def load_shipped_profile(spec: str) -> MeasuredModel:
             f"`offcut measure --model {spec}`"
         ) from error
     return decode_profile(data)
+
+
+def shipped_ratios(spec: str, graph_id: str) -> Mapping[str, float]:
+    """Expected lossless ratio of every value of a model, empty where no profile of this very graph ships."""
+    if spec not in shipped_specs():
+        return {}
+    model = load_shipped_profile(spec)
+    return model.ratios.by_value if model.graph.graph_id == graph_id else {}
 
 
 def load_profiles() -> dict[str, MeasuredModel]:
