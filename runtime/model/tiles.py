@@ -73,9 +73,7 @@ class TileSegment(Segment):
         return {name: crop(x, self._crops[name]) if name in self._crops else x for name, x in made.items()}, seconds
 
 
-def assemble(
-    graph: LayerGraph, tiling: Tiling, parts: Sequence[Mapping[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
+def assemble(graph: LayerGraph, tiling: Tiling, parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Put the tiles' outputs together.
 
     Args:
@@ -187,9 +185,9 @@ def make_tile_graph(graph: LayerGraph, tiling: Tiling, tile: Tile) -> LayerGraph
         graph,
         spec=_tile_spec(graph.spec, tile),
         layers=tuple(layers),
-        seen=graph.seen | writer.seen,
-        memory=graph.memory | writer.memory,
-        lineage=graph.lineage | writer.lineage,
+        seen={**graph.seen, **writer.seen},
+        memory={**graph.memory, **writer.memory},
+        lineage={**graph.lineage, **writer.lineage},
     )
 
 
@@ -335,5 +333,3 @@ def _divided_sum(
     x: torch.Tensor, *, kernel: tuple[int, int], stride: Sequence[int], divisors: torch.Tensor
 ) -> torch.Tensor:
     return functional.avg_pool2d(x, kernel, list(stride) or None, divisor_override=1) / divisors
-
-
