@@ -241,7 +241,7 @@ class _Writer:
         made = self._crops.get((name, region))
         if made is None:
             made = self._crops[name, region] = f"{name}.crop{len(self._crops)}"
-            ops.append(Op(made, partial(crop, region=region.within(own)), (Ref(name),), {}, op.module))
+            ops.append(Op(made, partial(_crop_all, region=region.within(own)), (Ref(name),), {}, op.module))
             self._note(made, name, region)
             if name in self.graph.memory:
                 self.memory[made] = self.graph.memory[name]
@@ -327,6 +327,11 @@ def _count(window: Window, made: tuple[int, int], length: int, *, counts_padding
     border = window.padding if counts_padding else 0
     starts = [index * window.stride - window.padding for index in range(*made)]
     return torch.tensor([min(x + window.kernel, length + border) - max(x, -border) for x in starts])
+
+
+def _crop_all(maps: torch.Tensor | Sequence[torch.Tensor], region: Region) -> torch.Tensor | list[torch.Tensor]:
+    """Crop a map, or each of those that an operation returned together."""
+    return crop(maps, region) if isinstance(maps, torch.Tensor) else [crop(x, region) for x in maps]
 
 
 def _divided_sum(

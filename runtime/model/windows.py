@@ -20,7 +20,7 @@ CONVOLUTIONS = frozenset({"conv2d", "convolution"})
 POOLS = frozenset({"max_pool2d", "max_pool2d_with_indices", "avg_pool2d"})
 
 _CHANNEL_DIM = 1
-_ALONG_CHANNELS = frozenset({"cat", "concat", "chunk", "split", "split_with_sizes"})
+_ALONG_CHANNELS = frozenset({"cat", "concat", "chunk", "split", "split_with_sizes", "slice"})
 _PER_CHANNEL = frozenset({"batch_norm", "_native_batch_norm_legit_no_training", "prelu"})  # with 1-D constants
 _COPIES = frozenset({"clone", "contiguous", "alias", "detach", "to", "_to_copy"})
 _FIRST_RESULT_ONLY = frozenset({"max_pool2d_with_indices", "_native_batch_norm_legit_no_training"})
