@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
-from runtime.planning.tiling import TileableSpan
+from runtime.planning.tiling import TileableSpan, Tiling, find_sizes
 from runtime.types import GraphSpec, LayerSpec, SpatialOp, TensorSpec, TileSpan, ValueSpec, Window
 
 CHANNELS = 4
@@ -59,8 +58,8 @@ class RandomNet(nn.Module):
         self.register_buffer(f"scale{len(self.calls)}", scale)
         name = f"scale{len(self.calls)}"
         calls: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
-            "relu_": lambda maps: F.relu_(norm(maps[a]) - 0.1),
-            "norm": lambda maps: F.silu(norm(maps[a])),
+            "relu_": lambda maps: nn.functional.relu_(norm(maps[a]) - 0.1),
+            "norm": lambda maps: nn.functional.silu(norm(maps[a])),
             "scale": lambda maps: maps[a] * getattr(self, name),
         }
         self.calls.append(calls[kind])
@@ -129,6 +128,24 @@ def steps() -> st.SearchStrategy[list[Step]]:
     return st.lists(st.one_of(sliding, joining), min_size=3, max_size=9)
 
 
+def taps(window: Window, position: int, length: int) -> set[int]:
+    first = position * window.stride - window.padding
+    return {x for k in range(window.kernel) if 0 <= (x := first + window.dilation * k) < length}
+
+
+def follow(graph: GraphSpec, tiling: Tiling, tile: int, axis: int) -> dict[str, set[int]]:
+    """Every position that a tile's outputs depend on, by name of the map."""
+    span, outputs = tiling.span, tiling.tiles[tile].outputs
+    ops = [op for layer in graph.layers[span.start : span.stop] for op in layer.spatial]
+    sizes = find_sizes(graph, ops)
+    need = {name: set(range(*(region.rows, region.cols)[axis])) for name, region in outputs.items()}
+    for op in reversed(ops):
+        for name in op.reads:
+            found = {x for i in need[op.name] for x in taps(op.windows[axis], i, sizes[name][axis])}
+            need[name] = need.get(name, set()) | found
+    return need
+
+
 # --- bare graphs --------------------------------------------------------------------------------------------------------
 
 
@@ -141,8 +158,11 @@ class Sides:
     dilation: int = 2
 
 
+ANY = Sides()
+
+
 @st.composite
-def spatial_graphs(draw: st.DrawFn, sides: Sides = Sides()) -> GraphSpec:
+def spatial_graphs(draw: st.DrawFn, sides: Sides = ANY) -> GraphSpec:
     """A random graph of tileable layers; each reads one map through a window, or joins maps of one size."""
     shapes = {"x": (draw(st.integers(8, 40)), draw(st.integers(8, 40)))}
     layers: list[tuple[SpatialOp, tuple[str, ...]]] = []

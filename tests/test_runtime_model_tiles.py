@@ -9,7 +9,6 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
 from runtime.errors import PlanError, TensorMismatch
 from runtime.model.graph import LayerGraph, trace
@@ -100,9 +99,7 @@ def check_random_net(plan: list[Step], size: tuple[int, int], data: st.DataObjec
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=12, derandomize=True, **SLOW)
 @given(steps(), st.tuples(st.integers(14, 30), st.integers(14, 30)), st.data())
-def test_random_nets_give_the_same_tiled_as_whole(
-    plan: list[Step], size: tuple[int, int], data: st.DataObject
-) -> None:
+def test_random_nets_give_the_same_tiled_as_whole(plan: list[Step], size: tuple[int, int], data: st.DataObject) -> None:
     check_random_net(plan, size, data, spans=4)
 
 
@@ -170,7 +167,7 @@ class Mixed(nn.Module):
         y = torch.cat([high, self.act(y), low], 1)[:, 4:12]
         z = self.pool(y) + self.down(x)
         z = z * torch.sigmoid(self.squeeze(z.mean((2, 3), keepdim=True)))
-        return self.head(F.interpolate(z, scale_factor=2.0).amax((2, 3)))
+        return self.head(nn.functional.interpolate(z, scale_factor=2.0).amax((2, 3)))
 
 
 @cache

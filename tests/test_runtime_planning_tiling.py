@@ -7,21 +7,22 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import PlanError
+from runtime.planning.problem import make_stage
 from runtime.planning.tiling import (
     Region,
     Tiling,
-    find_sizes,
     find_spans,
     overlap_frac,
+    plan_parts,
     plan_tiles,
     read_interval,
     region_bytes,
     scale_lines,
     tile_flops,
 )
-from runtime.types import GraphSpec, SpatialOp, TileSpan, Window
+from runtime.types import GraphSpec, SpatialOp, Tier, TileSpan, Window
 from tests.graphs import chain
-from tests.nets import Sides, spatial_graph, spatial_graphs, tile_spans
+from tests.nets import ANY, Sides, follow, spatial_graph, spatial_graphs, tile_spans
 
 SAME = Window(3, 1, 1)
 HALVE = Window(2, 2)
@@ -35,26 +36,8 @@ VGG_TOP = spatial_graph(
 )
 
 
-def taps(window: Window, position: int, length: int) -> set[int]:
-    first = position * window.stride - window.padding
-    return {x for k in range(window.kernel) if 0 <= (x := first + window.dilation * k) < length}
-
-
-def follow(graph: GraphSpec, tiling: Tiling, tile: int, axis: int) -> dict[str, set[int]]:
-    """Every position that a tile's outputs depend on, by name of the map."""
-    span, outputs = tiling.span, tiling.tiles[tile].outputs
-    ops = [op for layer in graph.layers[span.start : span.stop] for op in layer.spatial]
-    sizes = find_sizes(graph, ops)
-    need = {name: set(range(*(region.rows, region.cols)[axis])) for name, region in outputs.items()}
-    for op in reversed(ops):
-        for name in op.reads:
-            found = {x for i in need[op.name] for x in taps(op.windows[axis], i, sizes[name][axis])}
-            need[name] = need.get(name, set()) | found
-    return need
-
-
 @st.composite
-def tilings(draw: st.DrawFn, sides: Sides = Sides()) -> tuple[GraphSpec, Tiling]:
+def tilings(draw: st.DrawFn, sides: Sides = ANY) -> tuple[GraphSpec, Tiling]:
     graph = draw(spatial_graphs(sides))
     stretches = find_spans(graph)
     assume(stretches)
@@ -186,3 +169,24 @@ def test_a_span_cannot_stop_where_a_map_of_one_row_crosses() -> None:
 def test_lines_that_do_not_cut_the_output_are_refused(lines: tuple[int, ...]) -> None:
     with pytest.raises(PlanError, match="ascending lines that cut the 16 rows of c"):
         plan_tiles(VGG_TOP, TileSpan(0, 3, lines, ()))
+
+
+def test_a_stage_runs_its_spans_and_what_lies_between_them_in_order() -> None:
+    stage = make_stage(VGG_TOP, Tier.EDGE, (0, 1, 2))
+    parts = plan_parts(VGG_TOP, stage, (TileSpan(0, 1, (16,), ()), TileSpan(2, 3, (4,), (4,))))
+    assert [part.stage.layers for part in parts] == [(0,), (1,), (2,)]
+    assert [None if part.tiling is None else part.tiling.grid for part in parts] == [(2, 1), None, (2, 2)]
+    assert [(part.stage.needs, part.stage.makes) for part in parts] == [
+        (("x",), ("a",)),
+        (("a",), ("b",)),
+        (("b",), ("c",)),
+    ]
+    assert [part.stage.layers for part in plan_parts(VGG_TOP, stage, (TileSpan(1, 2, (4,), ()),))] == [(0,), (1,), (2,)]
+    assert plan_parts(VGG_TOP, stage, ())[0].stage == stage
+
+
+@pytest.mark.parametrize("spans", [((1, 3),), ((0, 1), (0, 1)), ((2, 3), (0, 1))])
+def test_spans_that_overlap_or_leave_the_stage_are_refused(spans: tuple[tuple[int, int], ...]) -> None:
+    stage = make_stage(VGG_TOP, Tier.EDGE, (0, 1) if spans == ((1, 3),) else (0, 1, 2))
+    with pytest.raises(PlanError, match="in ascending order, inside the layers 0 to"):
+        plan_parts(VGG_TOP, stage, [TileSpan(start, stop, (4,), ()) for start, stop in spans])

@@ -8,11 +8,12 @@ tiles.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.errors import PlanError
 from runtime.planning.tiling import crossing, find_sizes, find_spans, plan_tiles, region_bytes
 from runtime.types import GraphSpec, SpatialOp, TileSpan, ValueSpec, Window
 
@@ -123,14 +124,46 @@ def choose_tiles(graph: GraphSpec, nodes: Sequence[TileNode], start: int = 0, st
                 if found is not None and found[0] < best_s[-1]:
                     best_s[-1], steps[-1] = found
     spans: list[TileSpan] = []
+    alone_s: list[float] = []
     j = stop
     while j > start:
         step = steps[j - start]
-        if step is not None:
-            spans.insert(0, step)
+        if step is None:
+            alone_s.append(head_s[j - 1])
+        else:
+            spans.insert(0, _shift_lines(graph, step, nodes))
         j = j - 1 if step is None else step.start
     costs = tuple(cost_tiles(graph, span, nodes) for span in spans)
-    return TileChoice(tuple(spans), costs, best_s[-1], math.fsum(head_s[start:stop]))
+    total_s = math.fsum(alone_s) + math.fsum(cost.total_s for cost in costs)
+    return TileChoice(tuple(spans), costs, total_s, math.fsum(head_s[start:stop]))
+
+
+def _shift_lines(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> TileSpan:
+    """Move lines one by one as long as that helps: they were put where the speeds say, overlap not counted."""
+    best_s = cost_tiles(graph, span, nodes).total_s
+    has_moved = True
+    while has_moved:
+        has_moved = False
+        for moved in _neighbours(span):
+            try:
+                total_s = cost_tiles(graph, moved, nodes).total_s
+            except PlanError:  # lines that meet
+                continue
+            if total_s < best_s:
+                best_s, span, has_moved = total_s, moved, True
+                break
+    return span
+
+
+def _neighbours(span: TileSpan) -> list[TileSpan]:
+    """The same span with one line moved by one."""
+    moved = []
+    for by in (-1, 1):
+        for i, line in enumerate(span.row_lines):
+            moved.append(replace(span, row_lines=(*span.row_lines[:i], line + by, *span.row_lines[i + 1 :])))
+        for i, line in enumerate(span.col_lines):
+            moved.append(replace(span, col_lines=(*span.col_lines[:i], line + by, *span.col_lines[i + 1 :])))
+    return moved
 
 
 def _best_into(

@@ -78,6 +78,14 @@ class Tiling:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Some layers of a stage, which run one after the other: as one segment, or tile by tile."""
+
+    stage: Stage
+    tiling: Tiling | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TileableSpan:
     """The longest tileable stretch of layers around a place, and where it may be cut shorter.
 
@@ -227,6 +235,43 @@ def find_sizes(graph: GraphSpec, ops: Iterable[SpatialOp]) -> dict[str, tuple[in
                 sizes[name] = (rows, cols)
         sizes[op.name] = op.size
     return sizes
+
+
+def plan_parts(graph: GraphSpec, stage: Stage, spans: Iterable[TileSpan]) -> tuple[Part, ...]:
+    """Split a stage into what runs before, in, between and after its tiled spans.
+
+    Args:
+        graph: the model.
+        stage: layers of one tier.
+        spans: ascending, inside the stage.
+
+    Returns:
+        Parts in the order in which they run; each needs what the parts before it make, or the stage needs.
+
+    Raises:
+        PlanError: when a span is not tileable, not inside the stage, or overlaps the one before it.
+    """
+    own, parts, done = frozenset(stage.layers), [], 0
+    for span in spans:
+        if span.start < done or not own.issuperset(range(span.start, span.stop)):
+            raise PlanError(
+                f"expected tiled spans in ascending order, inside the layers {_describe(stage.layers)} of "
+                f"{stage.tier.label}, got [{span.start}, {span.stop}); move it or give those layers to the edge"
+            )
+        before = [layer for layer in stage.layers if done <= layer < span.start]
+        if before:
+            parts.append(Part(make_stage(graph, stage.tier, before)))
+        tiling = plan_tiles(graph, span)
+        parts.append(Part(tiling.stage, tiling))
+        done = span.stop
+    after = [layer for layer in stage.layers if layer >= done]
+    if after:
+        parts.append(Part(make_stage(graph, stage.tier, after)))
+    return tuple(parts)
+
+
+def _describe(layers: Sequence[int]) -> str:
+    return f"{layers[0]} to {layers[-1]}" if layers else "(none)"
 
 
 # --- which spans there are ----------------------------------------------------------------------------------------------
