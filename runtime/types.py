@@ -176,6 +176,7 @@ class SpatialOp:
     size: tuple[int, int]  # rows and columns of the result
     windows: tuple[Window, Window] = (Window(), Window())  # along rows, along columns
     flops: float = 0.0
+    weight_bytes: int = 0  # of a convolution: read whole, however small the region
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def tilings(draw: st.DrawFn, sides: Sides = ANY) -> tuple[GraphSpec, Tiling]:
         raise
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(tilings())
 def test_a_tile_reads_every_position_that_it_depends_on(case: tuple[GraphSpec, Tiling]) -> None:
     graph, tiling = case
@@ -60,7 +60,7 @@ def test_a_tile_reads_every_position_that_it_depends_on(case: tuple[GraphSpec, T
                 assert positions <= set(range(*(made[name].rows, made[name].cols)[axis]))
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(tilings(Sides(stride=2, dilation=1)))
 def test_without_gaps_in_the_windows_a_tile_reads_nothing_else_at_its_ends(case: tuple[GraphSpec, Tiling]) -> None:
     graph, tiling = case
@@ -71,7 +71,7 @@ def test_without_gaps_in_the_windows_a_tile_reads_nothing_else_at_its_ends(case:
                 assert (min(positions), max(positions) + 1) == (made[name].rows, made[name].cols)[axis]
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(tilings())
 def test_the_tiles_make_every_position_of_every_output_once(case: tuple[GraphSpec, Tiling]) -> None:
     graph, tiling = case
@@ -82,7 +82,7 @@ def test_the_tiles_make_every_position_of_every_output_once(case: tuple[GraphSpe
         assert sorted(positions) == list(product(range(shapes[name][2]), range(shapes[name][3])))
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(tilings())
 def test_the_padded_region_is_what_the_windows_cover(case: tuple[GraphSpec, Tiling]) -> None:
     graph, tiling = case
@@ -127,7 +127,7 @@ def test_scatter_and_gather_bytes_are_those_of_the_regions() -> None:
     assert [region_bytes(VGG_TOP, tile.outputs) for tile in tiling.tiles] == [4 * 4 * 8 * 16] * 2
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(tilings(Sides(kernel=5, stride=1, dilation=1)))
 def test_redundant_work_is_the_least_that_the_grid_allows(case: tuple[GraphSpec, Tiling]) -> None:
     graph, tiling = case

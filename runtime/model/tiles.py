@@ -271,7 +271,7 @@ class _Writer:
         named = arguments(op)
         kernel, stride, divisor = named["kernel_size"], named["stride"], named["divisor_override"]
         if divisor is None and any(share.pads):
-            lengths = self._seen_size(op)
+            lengths = self.graph.seen[spatial.reads[0]].shape[2:]
             rows, cols = (
                 _count(window, made, length, counts_padding=named["count_include_pad"])
                 for window, made, length in zip(
@@ -285,12 +285,6 @@ class _Writer:
             target, args = op.target, (kernel, stride, 0, False, True, divisor)
         top, bottom, left, right = share.pads
         return Op(op.name, target, (self._pad(op, [left, right, top, bottom], 0.0, ops), *args), {}, op.module)
-
-    def _seen_size(self, op: Op) -> tuple[int, int]:
-        """Rows and columns of the whole map that a pooling reads."""
-        original = next(x for layer in self.graph.layers for x in layer.ops if x.name == op.name)
-        _, _, rows, cols = self.graph.seen[original.reads[0]].shape
-        return rows, cols
 
     def _pad(self, op: Op, sides: list[int], value: float, ops: list[Op]) -> Ref:
         """What an operation reads, padded: left, right, top, bottom."""

@@ -89,7 +89,8 @@ class _Reader:
             return None
         if name in _FIRST_RESULT_ONLY and isinstance(self.seen[op.name], tuple):
             self._first_only.add(op.name)
-        return SpatialOp(op.name, reads, size, windows, op_flops(op, self._shape))
+        weight_bytes = self.constants[op.reads[1]].nbytes if name in CONVOLUTIONS else 0
+        return SpatialOp(op.name, reads, size, windows, op_flops(op, self._shape), weight_bytes)
 
     def _windows(self, op: Op, name: str) -> tuple[Window, Window] | None:
         if name in CONVOLUTIONS or name in POOLS:
