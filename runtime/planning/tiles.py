@@ -25,6 +25,10 @@ WEIGHT_BYTES_PER_S = 4e9
 """How fast a CPU reads and rearranges a convolution's weights, which it does for every tile anew. Measured with 512 and
 1024 channels on maps of 8 to 28 rows, one thread, where this is a tenth of the time; a guess for other machines."""
 
+PATIENCE = 8
+"""Starts in a row that may win no compute over a later one before earlier ones are given up: redundant work has eaten
+the gain, and only grows. Some, because layers of little work (gates, small pools) win nothing either. Guess."""
+
 
 @dataclass(frozen=True, slots=True)
 class TileNode:
@@ -272,7 +276,7 @@ class _Sweep:
         self.links = _Links.of(self.nodes)
         self.ends = {value.name: value for value in crossing(graph, self.first, stop)}
         shares = self._shares().reshape(-1, *grid)
-        self.is_legal = np.isfinite(shares).all(axis=(1, 2))
+        self.is_legal: NDArray[np.bool_] = np.isfinite(shares).all(axis=(1, 2))
         shares = np.nan_to_num(shares, nan=1.0 / num_tiles)
         _, _, rows, cols = self.ends[graph.layers[stop - 1].outputs[-1]].tensor.shape
         self.lines = (_lines(shares.sum(2), rows), _lines(shares.sum(1), cols))  # each (starts, bands + 1)
@@ -331,11 +335,13 @@ class _Sweep:
         return _Ranges(scaled[:, :-1], scaled[:, 1:])
 
     def _walk(self) -> tuple[Floats, Floats]:
-        """Seconds of computing and bytes of inputs, each (starts, tiles)."""
+        """Seconds of computing and bytes of inputs, each (starts, tiles); starts that are given up become illegal."""
         sizes = find_sizes(self.graph, (op for x in self.graph.layers[self.first : self.stop] for op in x.spatial))
         map_bytes = {value.name: _map_bytes(value) for value in self.graph.values if value.name in sizes}
         needs: Needs = ({}, {})
         compute, sent = (np.zeros((len(self.starts), len(self.nodes))) for _ in range(2))
+        alone_s = np.asarray(self.nodes[0].layer_s[self.first : self.stop])[::-1].cumsum()[::-1]
+        best_s, best_row = 0.0, len(self.starts)
         for row in range(len(self.starts) - 1, -1, -1):
             index = self.first + row
             # (operations, 2, tiles)
@@ -348,6 +354,14 @@ class _Sweep:
             for name in needs[0]:
                 rows, cols = (need[name].at(row) for need in needs)
                 sent[row] += _areas(rows, cols)[0] * map_bytes[name]
+            gain_s = alone_s[row] - compute[row].max()
+            if not self.is_legal[row]:  # its lines meet, so its times say nothing
+                best_row = row
+            elif gain_s > best_s:
+                best_s, best_row = gain_s, row
+            elif best_row - row > PATIENCE:
+                self.is_legal[:row] = False
+                break
         sent[:, 0] = 0.0
         return compute, sent
 

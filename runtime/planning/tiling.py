@@ -289,7 +289,7 @@ def find_spans(graph: GraphSpec) -> tuple[TileableSpan, ...]:
         if index < graph.num_layers and graph.layers[index].spatial:
             continue
         if index > start:
-            stops = tuple(stop for stop in range(start + 1, index + 1) if _can_stop(graph, start, stop))
+            stops = _find_stops(graph, start, index)
             if stops:
                 spans.append(TileableSpan(start, stops[-1], tuple(range(start, stops[-1])), stops))
         start = index + 1
@@ -305,8 +305,14 @@ def crossing(graph: GraphSpec, start: int, stop: int) -> list[ValueSpec]:
     ]
 
 
-def _can_stop(graph: GraphSpec, start: int, stop: int) -> bool:
-    return all(min(value.tensor.shape[2:]) > 1 for value in crossing(graph, start, stop))
+def _find_stops(graph: GraphSpec, start: int, end: int) -> tuple[int, ...]:
+    """Places in the stretch `[start, end)` where every value that crosses can be cut."""
+    barred: set[int] = set()
+    for value in graph.values:
+        if start <= value.producer < end and min(value.tensor.shape[2:]) < 2:
+            last = end if value.is_output else max(value.consumers)
+            barred.update(range(value.producer + 1, min(last, end) + 1))
+    return tuple(stop for stop in range(start + 1, end + 1) if stop not in barred)
 
 
 def check_span(graph: GraphSpec, start: int, stop: int) -> None:
