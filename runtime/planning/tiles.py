@@ -276,7 +276,7 @@ class _Sweep:
         self.links = _Links.of(self.nodes)
         self.ends = {value.name: value for value in crossing(graph, self.first, stop)}
         shares = self._shares().reshape(-1, *grid)
-        self.is_legal: NDArray[np.bool_] = np.isfinite(shares).all(axis=(1, 2))
+        self.is_legal = np.asarray(np.isfinite(shares).all(axis=(1, 2)), dtype=np.bool_)
         shares = np.nan_to_num(shares, nan=1.0 / num_tiles)
         _, _, rows, cols = self.ends[graph.layers[stop - 1].outputs[-1]].tensor.shape
         self.lines = (_lines(shares.sum(2), rows), _lines(shares.sum(1), cols))  # each (starts, bands + 1)
