@@ -8,6 +8,7 @@ Equal to the whole span within rounding, not bit for bit: kernels choose their o
 """
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from dataclasses import replace
@@ -20,7 +21,6 @@ from torch.nn import functional
 
 from runtime.errors import TensorMismatch
 from runtime.model.graph import LayerGraph
-from runtime.model.layers import Layer
 from runtime.model.observe import Seen
 from runtime.model.program import Op, Ref, map_refs
 from runtime.model.segment import Segment
@@ -67,9 +67,10 @@ class TileSegment(Segment):
         *,
         should_stop: Callable[[], bool] | None = None,
         layer_s: MutableSequence[float] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> tuple[dict[str, torch.Tensor], float]:
         """Run the layers on this tile as `Segment.run_timed` does, and cut off what only the tile itself needed."""
-        made, seconds = super().run_timed(values, should_stop=should_stop, layer_s=layer_s)
+        made, seconds = super().run_timed(values, should_stop=should_stop, layer_s=layer_s, clock=clock)
         return {name: crop(x, self._crops[name]) if name in self._crops else x for name, x in made.items()}, seconds
 
 
@@ -180,7 +181,7 @@ def make_tile_graph(graph: LayerGraph, tiling: Tiling, tile: Tile) -> LayerGraph
     for index in tiling.stage.layers:
         pairs = zip(graph.layers[index].ops, graph.spec.layers[index].spatial, strict=True)
         ops = [written for op, spatial in pairs for written in writer.write(op, spatial)]
-        layers[index] = Layer(layers[index].name, layers[index].kind, tuple(ops), layers[index].flops)
+        layers[index] = replace(layers[index], ops=tuple(ops))
     return replace(
         graph,
         spec=_tile_spec(graph.spec, tile),
