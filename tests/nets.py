@@ -203,7 +203,7 @@ def spatial_graph(size: tuple[int, int], ops: list[SpatialOp], *, channels: int 
         return ValueSpec(name, producer, readers, TensorSpec((1, channels, *shape), "float32", 4), not readers)
 
     values = [value("x", -1, size), *(value(op.name, index, op.size) for index, op in enumerate(ops))]
-    layers = tuple(LayerSpec(op.name, "conv", op.reads, (op.name,), op.flops, (op,)) for op in ops)
+    layers = tuple(LayerSpec(op.name, "conv", op.reads, (op.name,), op.flops, spatial=(op,)) for op in ops)
     outputs = tuple(x.name for x in values if x.is_output and x.producer >= 0)
     return GraphSpec(f"spatial-{size}-{ops}", layers, tuple(values), outputs, "", 1, 0, None)
 
