@@ -150,6 +150,36 @@ class ValueSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """Which positions of its input one position of an operation's result reads, along rows or columns.
+
+    Position i reads `i * stride - padding + dilation * (0 .. kernel - 1)`. The default reads position i alone.
+    """
+
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0  # before the first position; what is read after the last one follows from the sizes
+    dilation: int = 1
+
+    @property
+    def extent(self) -> int:
+        """Positions from the first to the last one read, both included."""
+        return self.dilation * (self.kernel - 1) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class SpatialOp:
+    """One operation on maps (batch, channels, rows, columns) whose result can be made region by region."""
+
+    name: str  # of its result
+    reads: tuple[str, ...]  # maps it reads; one with a single row or column is read whole, as broadcasting does
+    size: tuple[int, int]  # rows and columns of the result
+    windows: tuple[Window, Window] = (Window(), Window())  # along rows, along columns
+    flops: float = 0.0
+    weight_bytes: int = 0  # of a convolution: read whole, however small the region
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One layer: the smallest unit the graph is cut into."""
 
@@ -162,6 +192,8 @@ class LayerSpec:
     window: tuple[int, ...] = ()  # kernel of a convolution or pooling, one size per dimension
     groups: int = 1  # of a convolution
     num_ops: int = 1  # operations that run together: norm, activation and addition beside the one that names the kind
+    spatial: tuple[SpatialOp, ...] = ()
+    """All its operations, in order, where each can be made region by region; else empty: it cannot be tiled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from runtime.model.layers import Layer, group_layers
 from runtime.model.observe import Entangled, Observation, Seen, observe
 from runtime.model.outputs import Leaf, dump_tree, load_tree
 from runtime.model.program import WAY_OUT, Op, Program, Ref, export, find_refs, read_program
+from runtime.model.windows import find_spatial
 from runtime.model.zoo import Model
 from runtime.types import GraphSpec, LayerSpec, TensorSpec, ValueSpec
 
@@ -131,7 +132,7 @@ class _Builder:
         tree = dump_tree(pytree.tree_unflatten(flat, self.program.out_spec))
         spec = GraphSpec(
             graph_id="",
-            layers=_layer_specs(layers, values, self.observed.constants),
+            layers=self._layer_specs(layers, values),
             values=values,
             outputs=names,
             output_tree=tree,
@@ -140,6 +141,31 @@ class _Builder:
             preprocessing=self.model.preprocessing,
         )
         return replace(spec, graph_id=_graph_id(spec, layers, self.observed))
+
+    def _layer_specs(self, layers: Iterable[Layer], values: Iterable[ValueSpec]) -> tuple[LayerSpec, ...]:
+        constants = self.observed.constants
+        listed = {value.name for value in values}
+        specs = []
+        for layer in layers:
+            made = [op.name for op in layer.ops]
+            inputs = dict.fromkeys(name for op in layer.ops for name in op.reads if name in listed and name not in made)
+            outputs = tuple(name for name in made if name in listed)
+            weights = dict.fromkeys(name for op in layer.ops for name in op.reads if name in constants)
+            specs.append(
+                LayerSpec(
+                    layer.name,
+                    layer.kind,
+                    tuple(inputs),
+                    outputs,
+                    flops=layer.flops,
+                    weight_bytes=sum(constants[name].nbytes for name in weights),
+                    window=layer.window,
+                    groups=layer.groups,
+                    num_ops=len(layer.ops),
+                    spatial=find_spatial(layer.ops, self.observed.seen, constants),
+                )
+            )
+        return tuple(specs)
 
     def _values(self, layers: tuple[Layer, ...], num_stage_layers: int) -> tuple[ValueSpec, ...]:
         """Specs of every tensor that a request brings, that another layer reads, or that is an output."""
@@ -206,32 +232,6 @@ def _stage_layers(model: Model, input_name: str) -> tuple[Layer, ...]:
     decoding = Op(IMAGE_VALUE, partial(decode, picture), encoded, {})
     scaling = Op(input_name, partial(normalise, picture), (Ref(IMAGE_VALUE),), {"device": model.example.device})
     return (Layer("decode", "decode", (decoding,), pixels), Layer("normalise", "normalise", (scaling,), pixels))
-
-
-def _layer_specs(
-    layers: Iterable[Layer], values: Iterable[ValueSpec], constants: Mapping[str, torch.Tensor]
-) -> tuple[LayerSpec, ...]:
-    listed = {value.name for value in values}
-    specs = []
-    for layer in layers:
-        made = [op.name for op in layer.ops]
-        inputs = dict.fromkeys(name for op in layer.ops for name in op.reads if name in listed and name not in made)
-        outputs = tuple(name for name in made if name in listed)
-        weights = dict.fromkeys(name for op in layer.ops for name in op.reads if name in constants)
-        specs.append(
-            LayerSpec(
-                layer.name,
-                layer.kind,
-                tuple(inputs),
-                outputs,
-                flops=layer.flops,
-                weight_bytes=sum(constants[name].nbytes for name in weights),
-                window=layer.window,
-                groups=layer.groups,
-                num_ops=len(layer.ops),
-            )
-        )
-    return tuple(specs)
 
 
 def _graph_id(spec: GraphSpec, layers: Iterable[Layer], observed: Observation) -> str:

@@ -31,7 +31,7 @@ KIND_NAMES: dict[str, str] = {
 }
 _KINDS = {name: kind for kind, names in KIND_NAMES.items() for name in names.split()}
 
-_NEVER_CHEAP = frozenset({"softmax", "_softmax", "log_softmax", "glu"})
+_MIXING_ACTIVATIONS = frozenset({"softmax", "_softmax", "log_softmax", "glu"})
 _CHEAP_NORMS = frozenset({"batch_norm", "_native_batch_norm_legit_no_training"})
 _CHEAP_KINDS = frozenset({"activation", "elementwise", "view"})
 
@@ -52,8 +52,13 @@ def find_kind(op: Op) -> str:
 
 def is_cheap(op: Op) -> bool:
     """Tell whether an operation joins the layer that feeds it: element-wise, a view, or an eval-mode batch norm."""
-    name = op.op_name.rstrip("_")
-    return name in _CHEAP_NORMS or (find_kind(op) in _CHEAP_KINDS and name not in _NEVER_CHEAP)
+    is_norm = op.op_name.rstrip("_") in _CHEAP_NORMS
+    return is_norm or (find_kind(op) in _CHEAP_KINDS and not mixes_positions(op))
+
+
+def mixes_positions(op: Op) -> bool:
+    """Tell whether an activation mixes the positions or channels of its input."""
+    return op.op_name.rstrip("_") in _MIXING_ACTIVATIONS
 
 
 def makes_fresh_memory(op: Op) -> bool:

@@ -86,7 +86,7 @@ def _describe_layers(
     for ops in members:
         main = next((op for op in ops if find_kind(op) != "view"), ops[0])
         kind = "depthwise_conv" if is_depthwise(main, shape_of) else find_kind(main)
-        flops = sum(_flops(op, shape_of) for op in ops)
+        flops = sum(op_flops(op, shape_of) for op in ops)
         window, groups = _find_window(main, shape_of)
         layers.append(Layer(_unique_name(main, names), kind, tuple(ops), flops, window, groups))
     return tuple(layers)
@@ -102,7 +102,8 @@ def _find_window(op: Op, shape_of: Callable[[str], tuple[int, ...] | None]) -> t
     return (tuple(size) if isinstance(size, (list, tuple)) else (int(size),)), 1
 
 
-def _flops(op: Op, shape_of: Callable[[str], tuple[int, ...] | None]) -> float:
+def op_flops(op: Op, shape_of: Callable[[str], tuple[int, ...] | None]) -> float:
+    """FLOPs of an operation; none for views and for what returns several tensors."""
     result = shape_of(op.name)
     return 0.0 if result is None or find_kind(op) == "view" else count_flops(op, shape_of, result)
 

@@ -1,0 +1,335 @@
+"""Running a span of layers tile by tile: the same operations on a region of every map.
+
+A tile is a small `LayerGraph` of its own: operations whose padding lies inside the map lose it, what is read in a
+smaller region than it was made in is cropped, every shape and layout is the region's. So a tile runs as any segment
+does, with the same promises, on a node that was given nothing but the slices of the span's inputs.
+
+Equal to the whole span within rounding, not bit for bit: kernels choose their order of summation by the shape.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from runtime.errors import TensorMismatch
+from runtime.model.graph import LayerGraph
+from runtime.model.observe import Seen
+from runtime.model.program import Op, Ref, map_refs
+from runtime.model.segment import Segment
+from runtime.model.windows import CONVOLUTIONS, POOLS, arguments, pair
+from runtime.planning.tiling import OpTile, Region, Tile, Tiling, plan_tiles
+from runtime.types import GraphSpec, SpatialOp, TensorSpec, TileSpan, Window
+
+CACHED_TILES = 32
+"""Tiles kept per graph: a few per plan that a policy goes back and forth between."""
+
+
+def slice_inputs(values: Mapping[str, torch.Tensor], regions: Mapping[str, Region]) -> dict[str, torch.Tensor]:
+    """Cut what a tile needs out of the span's inputs.
+
+    Args:
+        values: tensors by name, every name in `regions` among them; maps (batch, channels, rows, columns).
+        regions: `Tile.inputs`.
+
+    Returns:
+        Views into `values`: whoever sends them copies just these bytes.
+    """
+    return {name: crop(values[name], region) for name, region in regions.items()}
+
+
+def crop(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    """A view of a rectangle of a map."""
+    return tensor[:, :, slice(*region.rows), slice(*region.cols)]
+
+
+class TileSegment(Segment):
+    """One tile of a span: a segment that takes the slices and makes this tile's part of every output."""
+
+    def __init__(self, graph: LayerGraph, tiling: Tiling, index: int) -> None:
+        tile = tiling.tiles[index]
+        super().__init__(make_tile_graph(graph, tiling, tile), tiling.stage)
+        self._crops = {}
+        for name, region in tile.outputs.items():
+            if region != tile.ops[name].makes:
+                self._crops[name] = region.within(tile.ops[name].makes)
+
+    def run_timed(
+        self,
+        values: Mapping[str, torch.Tensor],
+        *,
+        should_stop: Callable[[], bool] | None = None,
+        layer_s: MutableSequence[float] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        """Run the layers on this tile as `Segment.run_timed` does, and cut off what only the tile itself needed."""
+        made, seconds = super().run_timed(values, should_stop=should_stop, layer_s=layer_s, clock=clock)
+        return {name: crop(x, self._crops[name]) if name in self._crops else x for name, x in made.items()}, seconds
+
+
+def assemble(graph: LayerGraph, tiling: Tiling, parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Put the tiles' outputs together.
+
+    Args:
+        graph: the traced model.
+        tiling: how the span was cut.
+        parts: what every tile made, in the order of `tiling.tiles`.
+
+    Returns:
+        What the span makes, on the graph's device, in the memory order of the whole model.
+
+    Raises:
+        TensorMismatch: when a part is missing or has another shape or dtype than its region.
+    """
+    if len(parts) != len(tiling.tiles):
+        raise TensorMismatch(f"expected the outputs of {len(tiling.tiles)} tiles, got {len(parts)}")
+    tensors = {value.name: value.tensor for value in graph.spec.values}
+    whole = {}
+    for name in tiling.stage.makes:
+        seen = graph.seen[name]
+        memory = torch.empty_strided(
+            tensors[name].shape, _dense_strides(seen, seen.shape), dtype=seen.dtype, device=graph.device
+        )
+        for index, (tile, part) in enumerate(zip(tiling.tiles, parts, strict=True)):
+            target, source = crop(memory, tile.outputs[name]), part.get(name)
+            if source is None or source.shape != target.shape or source.dtype != target.dtype:
+                got = "nothing" if source is None else f"{source.dtype} of shape {tuple(source.shape)}"
+                raise TensorMismatch(
+                    f"expected tile {index}'s part of {name} to be {target.dtype} of shape {tuple(target.shape)}, got {got}"
+                )
+            target.copy_(source)
+        whole[name] = memory
+    return whole
+
+
+def run_tiled(graph: LayerGraph, span: TileSpan, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run a span tile by tile in this process; each tile gets exactly the slices that would cross to it.
+
+    Raises:
+        PlanError: when the graph has no such span or the lines do not cut it.
+        TensorMismatch: when a value is missing or does not fit.
+    """
+    tiling = plan_tiles(graph.spec, span)
+    missing = [name for name in tiling.stage.needs if name not in values]
+    if missing:
+        raise TensorMismatch(f"expected the values {list(tiling.stage.needs)}, got {sorted(values)}: no {missing[0]}")
+    parts = [
+        TileSegment(graph, tiling, index).run(slice_inputs(values, tile.inputs))
+        for index, tile in enumerate(tiling.tiles)
+    ]
+    return assemble(graph, tiling, parts)
+
+
+class TileCache:
+    """Tiles of one graph, planned and built when first asked for. Safe for threads."""
+
+    def __init__(self, graph: LayerGraph) -> None:
+        self._graph = graph
+        self._lock = threading.Lock()
+        self._tilings: OrderedDict[TileSpan, Tiling] = OrderedDict()
+        self._tiles: OrderedDict[tuple[TileSpan, int], TileSegment] = OrderedDict()
+
+    def tiling(self, span: TileSpan) -> Tiling:
+        """The regions of a span's tiles.
+
+        Raises:
+            PlanError: when the graph has no such span or the lines do not cut it.
+        """
+        with self._lock:
+            return self._tiling(span)
+
+    def get(self, span: TileSpan, index: int) -> TileSegment:
+        """The segment that runs one tile.
+
+        Raises:
+            PlanError: when the graph has no such span or the lines do not cut it.
+        """
+        with self._lock:
+            tile = self._tiles.get((span, index))
+            if tile is None:
+                tile = self._tiles[span, index] = TileSegment(self._graph, self._tiling(span), index)
+                _trim(self._tiles)
+            self._tiles.move_to_end((span, index))
+        return tile
+
+    def _tiling(self, span: TileSpan) -> Tiling:
+        if span not in self._tilings:
+            self._tilings[span] = plan_tiles(self._graph.spec, span)
+            _trim(self._tilings)
+        return self._tilings[span]
+
+
+def _trim(cache: OrderedDict[Any, Any]) -> None:
+    if len(cache) > CACHED_TILES:
+        cache.popitem(last=False)
+
+
+# --- a tile as a graph --------------------------------------------------------------------------------------------------
+
+
+def make_tile_graph(graph: LayerGraph, tiling: Tiling, tile: Tile) -> LayerGraph:
+    """The graph in which the span's layers work on one tile; its other layers are those of the whole."""
+    writer = _Writer(graph, tile)
+    layers = list(graph.layers)
+    for index in tiling.stage.layers:
+        pairs = zip(graph.layers[index].ops, graph.spec.layers[index].spatial, strict=True)
+        ops = [written for op, spatial in pairs for written in writer.write(op, spatial)]
+        layers[index] = replace(layers[index], ops=tuple(ops))
+    return replace(
+        graph,
+        spec=_tile_spec(graph.spec, tile),
+        layers=tuple(layers),
+        seen={**graph.seen, **writer.seen},
+        memory={**graph.memory, **writer.memory},
+        lineage={**graph.lineage, **writer.lineage},
+    )
+
+
+def _tile_spec(spec: GraphSpec, tile: Tile) -> GraphSpec:
+    regions = {**{name: op.makes for name, op in tile.ops.items()}, **tile.inputs}
+    values = []
+    for value in spec.values:
+        if value.name in regions:
+            shape = (*value.tensor.shape[:2], *regions[value.name].size)
+            value = replace(value, tensor=TensorSpec(shape, value.tensor.dtype, value.tensor.itemsize))
+        values.append(value)
+    return replace(spec, values=tuple(values))
+
+
+class _Writer:
+    """Rewrites a span's operations for one tile, in order."""
+
+    def __init__(self, graph: LayerGraph, tile: Tile) -> None:
+        self.graph = graph
+        self.tile = tile
+        self.seen: dict[str, Seen] = {}
+        self.memory: dict[str, int] = {}
+        self.lineage: dict[str, frozenset[str]] = {}
+        self._fresh = count(1 + max(graph.memory.values(), default=0))
+        self._crops: dict[tuple[str, Region], str] = {}
+        for name, region in tile.inputs.items():
+            self._note(name, name, region)
+
+    def write(self, op: Op, spatial: SpatialOp) -> list[Op]:
+        """One operation as this tile runs it: crops, padding, itself."""
+        share = self.tile.ops[op.name]
+        self._note(op.name, op.name, share.makes)
+        ops: list[Op] = []
+        names = {}
+        for name, region in zip(spatial.reads, share.reads, strict=True):
+            names[name] = self._crop(name, region, op, ops)
+        args, kwargs = map_refs((op.args, op.kwargs), lambda ref: Ref(names.get(ref.name, ref.name)))
+        cropped = Op(op.name, op.target, args, kwargs, op.module)
+        kind = op.op_name
+        if kind in CONVOLUTIONS or kind in POOLS:
+            self._slide(cropped, spatial, share, ops)
+        else:
+            ops.append(cropped)
+        return ops
+
+    def _crop(self, name: str, region: Region, op: Op, ops: list[Op]) -> str:
+        """Name of a map's region; made by an operation of its own where more of the map is there."""
+        own = self.tile.inputs[name] if name in self.tile.inputs else self.tile.ops[name].makes
+        if own == region:
+            return name
+        made = self._crops.get((name, region))
+        if made is None:
+            made = self._crops[name, region] = f"{name}.crop{len(self._crops)}"
+            ops.append(Op(made, partial(_crop_all, region=region.within(own)), (Ref(name),), {}, op.module))
+            self._note(made, name, region)
+            if name in self.graph.memory:
+                self.memory[made] = self.graph.memory[name]
+            self.lineage[made] = self.graph.lineage.get(name, frozenset())
+        return made
+
+    def _slide(self, op: Op, spatial: SpatialOp, share: OpTile, ops: list[Op]) -> None:
+        """A convolution or pooling with the padding that this tile has, side by side."""
+        if op.op_name == "avg_pool2d":
+            ops.append(self._average(op, spatial, share, ops))
+            return
+        top, bottom, left, right = share.pads
+        both = [min(top, bottom), min(left, right)]  # what the operation's own padding can give, without a copy
+        rest = [left - both[1], right - both[1], top - both[0], bottom - both[0]]
+        named = arguments(op)
+        value = -float("inf") if op.op_name.startswith("max_pool") else 0.0
+        source = self._pad(op, rest, value, ops)
+        if op.op_name.startswith("max_pool"):
+            args: tuple[Any, ...] = (named["kernel_size"], named["stride"], both, named["dilation"], False)
+            ops.append(Op(op.name, op.target, (source, *args), {}, op.module))
+        else:
+            args = (named["weight"], named["bias"], named["stride"], both, named["dilation"], named["groups"])
+            ops.append(Op(op.name, torch.ops.aten.conv2d.default, (source, *args), {}, op.module))
+
+    def _average(self, op: Op, spatial: SpatialOp, share: OpTile, ops: list[Op]) -> Op:
+        """An average whose divisor counts what it counts in the whole map."""
+        named = arguments(op)
+        kernel, stride, divisor = named["kernel_size"], named["stride"], named["divisor_override"]
+        if divisor is None and any(share.pads):
+            lengths = self.graph.seen[spatial.reads[0]].shape[2:]
+            rows, cols = (
+                _count(window, made, length, counts_padding=named["count_include_pad"])
+                for window, made, length in zip(
+                    spatial.windows, (share.makes.rows, share.makes.cols), lengths, strict=True
+                )
+            )
+            divisors = torch.outer(rows, cols).to(self.graph.seen[op.name].dtype).to(self.graph.device)
+            target: Callable[..., Any] = partial(_divided_sum, kernel=pair(kernel), stride=stride, divisors=divisors)
+            args: tuple[Any, ...] = ()
+        else:
+            target, args = op.target, (kernel, stride, 0, False, True, divisor)
+        top, bottom, left, right = share.pads
+        return Op(op.name, target, (self._pad(op, [left, right, top, bottom], 0.0, ops), *args), {}, op.module)
+
+    def _pad(self, op: Op, sides: list[int], value: float, ops: list[Op]) -> Ref:
+        """What an operation reads, padded: left, right, top, bottom."""
+        source = op.args[0]
+        assert isinstance(source, Ref)
+        if not any(sides):
+            return source
+        name = f"{op.name}.padded"
+        ops.append(Op(name, partial(functional.pad, pad=sides, value=value), (source,), {}, op.module))
+        self.memory[name] = next(self._fresh)
+        return Ref(name)
+
+    def _note(self, name: str, like: str, region: Region) -> None:
+        """Note the layout of a region: dense, dimensions in the order that they have in the whole map."""
+        seen = self.graph.seen.get(like)
+        if seen is not None:  # a tuple of maps has no layout of its own
+            shape = (*seen.shape[:2], *region.size)
+            self.seen[name] = replace(seen, shape=shape, stride=_dense_strides(seen, shape), offset=0)
+
+
+def _dense_strides(seen: Seen, shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor without gaps that keeps the order of dimensions that was seen."""
+    outermost_first = sorted(range(len(shape)), key=lambda dim: (-seen.stride[dim], -seen.shape[dim]))
+    strides = [1] * len(shape)
+    step = 1
+    for dim in reversed(outermost_first):
+        strides[dim] = step
+        step *= shape[dim]
+    return tuple(strides)
+
+
+def _count(window: Window, made: tuple[int, int], length: int, *, counts_padding: bool) -> torch.Tensor:
+    """Positions that an average divides by along one axis: those it reads, and the padding where that counts."""
+    border = window.padding if counts_padding else 0
+    starts = [index * window.stride - window.padding for index in range(*made)]
+    return torch.tensor([min(x + window.kernel, length + border) - max(x, -border) for x in starts])
+
+
+def _crop_all(maps: torch.Tensor | Sequence[torch.Tensor], region: Region) -> torch.Tensor | list[torch.Tensor]:
+    """Crop a map, or each of those that an operation returned together."""
+    return crop(maps, region) if isinstance(maps, torch.Tensor) else [crop(x, region) for x in maps]
+
+
+def _divided_sum(
+    x: torch.Tensor, *, kernel: tuple[int, int], stride: Sequence[int], divisors: torch.Tensor
+) -> torch.Tensor:
+    return functional.avg_pool2d(x, kernel, list(stride) or None, divisor_override=1) / divisors
