@@ -24,6 +24,7 @@ from runtime.planning.policies.registry import PolicySpec
 from runtime.presets import LinkConfig, NodeEmulation
 from runtime.testbed.arrivals import LoadShape
 from runtime.testbed.load import Load, LoadReport
+from runtime.testbed.ports import pick_address
 from runtime.testbed.process import READY_S, ManagedProcess
 from runtime.testbed.rate import LinkShape
 from runtime.testbed.workload import shape_link
@@ -340,11 +341,11 @@ class Cluster:
             *("--batch-size", str(model.batch_size), "--exit-with-stdin", *options),
         )
         if cloud is not None:
-            self._launch(_Node(cloud, Tier.CLOUD, (*base, *self._pace(cloud))), "tcp://127.0.0.1:*")
+            self._launch(_Node(cloud, Tier.CLOUD, (*base, *self._pace(cloud))), pick_address())
             self._addresses[cloud] = self._wait_line(cloud, "BOUND")
         for name in edges:
             onward = () if cloud is None else ("--connect", f"{cloud}={self._route(name, cloud)}")
-            self._launch(_Node(name, Tier.EDGE, (*base, *onward, *self._pace(name))), "tcp://127.0.0.1:*")
+            self._launch(_Node(name, Tier.EDGE, (*base, *onward, *self._pace(name))), pick_address())
         for name in self._nodes:
             self._await(name)
         for name in self._nodes:
