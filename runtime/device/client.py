@@ -145,8 +145,10 @@ class Client:
             self._ended_by = ended_by
         try:
             for request in (*self._requests.values(), *self._new):
-                request.future.set_exception(ended_by)
-                self._on_end(request, None, ended_by)
+                try:
+                    self._on_end(request, None, ended_by)
+                finally:
+                    request.future.set_exception(ended_by)
             self._stop.set()
             self._on_second()
         finally:
@@ -429,17 +431,22 @@ class Client:
 
     def _end(self, request: Request, answer: Answer) -> None:
         del self._requests[request.number]
-        request.future.set_result(answer)
-        self._give_up_remote(request)
-        predicted_s = request.predicted.total_s
-        self.contacts.board.ended(request.plan, answer.latency.total_s / predicted_s - 1.0 if predicted_s else math.nan)
-        self._on_end(request, answer, None)
+        try:
+            self._give_up_remote(request)
+            predicted_s = request.predicted.total_s
+            error = answer.latency.total_s / predicted_s - 1.0 if predicted_s else math.nan
+            self.contacts.board.ended(request.plan, error)
+            self._on_end(request, answer, None)
+        finally:
+            request.future.set_result(answer)  # last, so that who waits for it finds the books written; but always
 
     def _fail(self, request: Request, error: OffcutError) -> None:
         del self._requests[request.number]
-        request.future.set_exception(error)
-        self._give_up_remote(request)
-        self._on_end(request, None, error)
+        try:
+            self._give_up_remote(request)
+            self._on_end(request, None, error)
+        finally:
+            request.future.set_exception(error)
 
     def _give_up_remote(self, request: Request) -> None:
         """Tell the node that nobody waits any more; that it had its time and did not answer counts against it."""
