@@ -27,6 +27,7 @@ from runtime.errors import (
     PeerTimeout,
     PlanError,
 )
+from runtime.presets import NodeEmulation
 from runtime.testbed.cluster import Cluster
 from runtime.types import Constraints, Plan, Tier
 from tests.graphs import make_deployment
@@ -275,15 +276,18 @@ def test_a_node_that_hangs_is_answered_for_in_time_and_left_alone(
 def test_a_busy_node_is_answered_for_at_once(model: runtime.Model, whole: torch.Tensor) -> None:
     config = ModelConfig(spec=MODEL, input_kind="tensor")
     with (
-        Cluster(config, edges=("edge0",), has_cloud=False, worker_options=("--queue", "1")) as cluster,
+        Cluster(
+            config,
+            edges=("edge0",),
+            has_cloud=False,
+            worker_options=("--queue", "1"),
+            emulate={"edge0": NodeEmulation(slow_down=200.0, mode="compute")},  # so that requests must queue
+        ) as cluster,
         cluster.session(policy=runtime.load_policy("edge-only")) as session,
+        ThreadPoolExecutor(12) as pool,
     ):
-        cluster.suspend("edge0")
-        with ThreadPoolExecutor(12) as pool:
-            pending = [pool.submit(session.infer, model.example, deadline_s=FAR_S) for _ in range(12)]
-            wait_for(lambda: session.uplink_backlog_bytes > 0)
-            cluster.resume("edge0")
-            results = [future.result(timeout=30.0) for future in pending]
+        pending = [pool.submit(session.infer, model.example, deadline_s=FAR_S) for _ in range(12)]
+        results = [future.result(timeout=FAR_S) for future in pending]
     assert all(torch.equal(r.output, whole) for r in results)
     assert {r.outcome for r in results} == {"remote", "local"}
     assert all(r.reason.startswith("busy") for r in results if r.outcome == "local")
