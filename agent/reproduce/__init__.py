@@ -1,0 +1,1 @@
+"""The papers' experiments on the live runtime: `offcut reproduce loadpart`, `offcut reproduce d3`."""
