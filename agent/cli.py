@@ -10,13 +10,30 @@ from typing import Annotated, Any, TypeAlias, Union
 
 import tyro
 
-from agent.config import CheckConfig, InferConfig, KeysConfig, LayersConfig, MeasureConfig, PlanConfig, StatusConfig
+from agent.config import (
+    CheckConfig,
+    InferConfig,
+    KeysConfig,
+    LayersConfig,
+    MeasureConfig,
+    PlanConfig,
+    ReproduceConfig,
+    StatusConfig,
+)
 from agent.tables import loading
 from runtime.errors import OffcutError
 from runtime.node.config import WorkerConfig
 
 Config: TypeAlias = (
-    WorkerConfig | InferConfig | PlanConfig | StatusConfig | CheckConfig | LayersConfig | MeasureConfig | KeysConfig
+    WorkerConfig
+    | InferConfig
+    | PlanConfig
+    | StatusConfig
+    | CheckConfig
+    | LayersConfig
+    | MeasureConfig
+    | KeysConfig
+    | ReproduceConfig
 )
 
 COMMANDS: dict[str, type[Config]] = {
@@ -28,6 +45,7 @@ COMMANDS: dict[str, type[Config]] = {
     "layers": LayersConfig,
     "measure": MeasureConfig,
     "keys": KeysConfig,
+    "reproduce": ReproduceConfig,
 }
 
 DESCRIPTION = """Split DNN inference across a device, edge nodes and a cloud. `offcut COMMAND --help` explains a command;
@@ -86,6 +104,11 @@ def run(command: Config) -> None:
             from agent.measure import run_measure
 
             run_measure(command)
+        case ReproduceConfig():
+            with loading("loading torch"):
+                from agent.reproduce.run import run_reproduce
+
+            run_reproduce(command)
 
 
 def version() -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -231,6 +231,33 @@ class MeasureConfig:
         for name in ("batch_size", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"expected --{name.replace('_', '-')} >= 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReproduceConfig:
+    """Run a paper's experiment on emulated machines and links: loadpart or d3. Run again, it goes on where it stopped.
+
+    Every node is a real process on this machine. Nodes slower than it compute and wait; faster ones answer with the
+    activations of a fixed sample after the time that they would need, and tables call them replayed. The constants are
+    in agent/reproduce/grids.py. It takes the better part of an hour on two idle cores.
+    """
+
+    paper: Annotated[Literal["loadpart", "d3"], tyro.conf.Positional]
+    """loadpart: six networks under seven load levels of a server and four uplink rates. d3: five networks on a device,
+    an edge node and a cloud behind four backbones."""
+
+    out: Path | None = None
+    """Folder for results.jsonl, table.md, table.csv, pictures and TensorBoard; none takes runs/reproduce-PAPER, with
+    -quick behind it."""
+
+    quick: bool = False
+    """Two small networks, few cells, one request each: shows that everything works, in two minutes."""
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        suffix = "-quick" if self.quick else ""
+        return Path("runs") / f"reproduce-{self.paper}{suffix}" if self.out is None else self.out
 
 
 def _check_timeout(timeout_s: float) -> None:

@@ -56,6 +56,14 @@ DEADLINE_S = 3600.0
 """The papers know no deadline: none is near, and the device finishes nothing by itself."""
 
 
+LATE_FRAC = 0.1
+"""A request whose layers on the device took this share longer than what is emulated shows this machine, not that one:
+it is repeated, and counted. Guess: scheduling noise of an idle machine is below."""
+
+MAX_REPEATS = 8
+"""First uses of a plan and late requests in a row that do not count; a rule that needs more counts as it is."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadpartGrid:
     """LoADPart's experiment: load levels x uplink rates x networks."""
@@ -127,7 +135,7 @@ Grid = LoadpartGrid | D3Grid
 
 def fingerprint(grid: Grid) -> str:
     """Short text that is another one as soon as any constant is."""
-    return sha256(repr((grid, MAX_LOAD_HZ, LAN_DELAY_S, WAN_DELAY_S)).encode()).hexdigest()[:12]
+    return sha256(repr((grid, MAX_LOAD_HZ, LAN_DELAY_S, WAN_DELAY_S, LATE_FRAC, MAX_REPEATS)).encode()).hexdigest()[:12]
 
 
 LOADPART = LoadpartGrid()

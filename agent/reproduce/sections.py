@@ -1,0 +1,118 @@
+"""The tables of the papers as Markdown."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from agent.reproduce.tables import CellMean, Reduction, pair, reduction, speedup, traffic, where
+from agent.reproduce.tables import conditions as values_of
+
+LOADPART_BASELINES = ("neurosurgeon", "neurosurgeon-k", "dads-light", "edge-only", "device-only")
+D3_BASELINES = (
+    "device-only",
+    "edge-only",
+    "cloud-only",
+    "neurosurgeon@cloud",
+    "dads-light@cloud",
+    "optimal",
+    "planner",
+)
+
+
+def loadpart_sections(means: Sequence[CellMean]) -> list[str]:
+    """LoADPart's tables: what it saves against each rule, against Neurosurgeon without K in parts, and the means."""
+    against = [
+        (baseline, *_reduction_cells(reduction(pair(means, "loadpart", baseline)))) for baseline in LOADPART_BASELINES
+    ]
+    pairs = pair(means, "loadpart", "neurosurgeon")
+    by_model = [
+        (_short(model), *_reduction_cells(reduction(where(pairs, model=model)))) for model in values_of(means, "model")
+    ]
+    rates, levels = values_of(means, "mbps"), values_of(means, "level")
+    by_condition = [
+        (level, *(_percent(reduction(where(pairs, level=level, mbps=rate)).mean_frac) for rate in rates))
+        for level in levels
+    ]
+    head = ("cells", "mean", "best", "worst")
+    return [
+        "Latency that LoADPart saves against other rules; negative: it costs. The paper states -14.2 % on average and "
+        "-32.3 % at best (against whom is not certain; Neurosurgeon without K knows bandwidth alone).",
+        _table(("against", *head), against),
+        "Against Neurosurgeon without K, by network:",
+        _table(("network", *head), by_model),
+        "The same, mean by load level and uplink rate:",
+        _table(("level", *(f"{rate} Mbps" for rate in rates)), by_condition),
+        "Mean latency over all load levels and rates, milliseconds:",
+        _latency_table(means, "model"),
+        "Mean latency over all networks and rates by load level, milliseconds:",
+        _latency_table(means, "level"),
+    ]
+
+
+def d3_sections(means: Sequence[CellMean]) -> list[str]:
+    """D3's tables: how many times quicker, how many times less backbone traffic, and the means."""
+    times, bytes_ = [], []
+    for baseline in D3_BASELINES:
+        pairs = pair(means, "d3", baseline)
+        ratio, sent = speedup(pairs), traffic(pairs)
+        times.append((baseline, str(ratio.count), _times(ratio.best), _times(ratio.mean), _times(ratio.worst)))
+        bytes_.append(
+            (
+                *(baseline, str(sent.count), _times(sent.best), _times(sent.mean)),
+                *(str(sent.only_baseline), str(sent.only_rule), _times(sent.total)),
+            )
+        )
+    return [
+        "Latency of other rules over D3's: above 1, D3 is quicker. The paper states up to 3.4x against its best rivals.",
+        _table(("rule", "cells", "best", "geometric mean", "worst"), times),
+        "Backbone bytes of other rules over D3's. The paper states up to 3.68x. Where one of the two sends nothing there is "
+        "no ratio; such cells are counted.",
+        _table(
+            ("rule", "cells with both", "best", "geometric mean", "only it sends", "only D3 sends", "all bytes"), bytes_
+        ),
+        "Mean latency over all backbones, milliseconds:",
+        _latency_table(means, "model"),
+        "Mean latency over all networks by backbone, milliseconds (Neurosurgeon: chains only):",
+        _latency_table(means, "network"),
+        "Mean backbone bytes per inference over all backbones, KB:",
+        _mean_table(means, "model", lambda mean: mean.backbone_bytes / 1e3),
+    ]
+
+
+def _latency_table(means: Sequence[CellMean], by: str) -> str:
+    return _mean_table(means, by, lambda mean: mean.latency_s * 1e3)
+
+
+def _mean_table(means: Sequence[CellMean], by: str, value: Callable[[CellMean], float]) -> str:
+    rules = list(dict.fromkeys(mean.rule for mean in means))
+    rows = []
+    for place in values_of(means, by):
+        here = [mean for mean in means if (by, place) in (("model", mean.cell.model), *mean.cell.condition)]
+        cells = []
+        for rule in rules:
+            own = [value(mean) for mean in here if mean.rule == rule]
+            cells.append(f"{math.fsum(own) / len(own):.0f}" if own else "")
+        rows.append((_short(place), *cells))
+    return _table((by, *rules), rows)
+
+
+def _reduction_cells(saved: Reduction) -> tuple[str, str, str, str]:
+    return str(saved.count), _percent(saved.mean_frac), _percent(saved.best_frac), _percent(saved.worst_frac)
+
+
+def _percent(fraction: float) -> str:
+    return "" if math.isnan(fraction) else f"{100.0 * fraction:.1f} %"
+
+
+def _times(ratio: float) -> str:
+    if math.isinf(ratio):
+        return "D3 sends nothing"
+    return "" if math.isnan(ratio) else f"{ratio:.2f}x"
+
+
+def _short(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
