@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,6 +124,15 @@ def test_reductions_are_of_cell_means() -> None:
     assert reduction(where(pairs, level="90")).mean_frac == pytest.approx(0.125)
     assert reduction(where(pairs, model="torchvision:alexnet", level="0")).best_frac == 0.0
     assert math.isnan(reduction(where(pairs, level="30")).mean_frac)
+
+
+def test_late_requests_count_only_where_a_rule_has_no_others() -> None:
+    late = msgspec.structs.replace(make_run("loadpart", 9.0), is_late=True)
+    cell = load_cell("alexnet", "0")
+    (mean,) = cell_means([make_result(cell, [late, make_run("loadpart", 1.0)])])
+    assert (mean.latency_s, mean.count) == (1.0, 1)
+    (mean,) = cell_means([make_result(cell, [late, late])])
+    assert (mean.latency_s, mean.count) == (9.0, 2)
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 100.0), st.floats(0.01, 100.0)), min_size=1, max_size=20))

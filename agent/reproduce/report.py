@@ -81,7 +81,8 @@ def _health(results: Sequence[CellResult]) -> str:
         f"- Requests that count: {told}. None may be `local` or `failed`.",
         f"- Repeated: {sum(result.num_warm_ups for result in results)} first uses of a plan, "
         f"{sum(result.num_late for result in results)} for which this machine was too slow (device layers more than "
-        f"{LATE_FRAC:.0%} over what is emulated). Among those that count: {cold} and {late}.",
+        f"{LATE_FRAC:.0%} over what is emulated). Among those that count: {cold} and {late}, "
+        "left out of a mean where the rule has others in the cell.",
         f"- Cells where readings had not settled in time: {len(unsettled)} of {len(results)}"
         + "".join(f"; {label}" for label in unsettled),
         f"- Segments of nodes that this machine was too slow for: {sum(overruns.values())} {dict(overruns)}.",
@@ -130,8 +131,10 @@ def _draw(means: Sequence[CellMean], axis: str, field: str, label: str, path: Pa
 
     matplotlib.use("Agg")  # no display is needed
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
 
     models = conditions(means, "model")
+    colours = {rule: f"C{index}" for index, rule in enumerate(dict.fromkeys(mean.rule for mean in means))}
     columns = min(len(models), 3)
     rows = -(-len(models) // columns)
     figure, panels = plt.subplots(
@@ -141,13 +144,14 @@ def _draw(means: Sequence[CellMean], axis: str, field: str, label: str, path: Pa
         panel.set_visible(False)
     for model, panel in zip(models, panels.flat, strict=False):
         here = [mean for mean in means if mean.cell.model == model]
-        for rule in dict.fromkeys(mean.rule for mean in here):
+        for rule, colour in colours.items():
             own = [mean for mean in here if mean.rule == rule]
             places = [dict(mean.cell.condition)[axis] for mean in own]
-            panel.plot(places, [getattr(mean, field) for mean in own], marker="o", markersize=3, label=rule)
+            panel.plot(places, [getattr(mean, field) for mean in own], marker="o", markersize=3, color=colour)
         panel.set(title=model.partition(":")[2], xlabel=axis, ylabel=label)
         panel.set_ylim(bottom=0)
-    panels.flat[0].legend(fontsize=7)
+    lines = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in colours.values()]
+    figure.legend(lines, list(colours), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

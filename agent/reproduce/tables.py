@@ -81,6 +81,8 @@ class Traffic:
 def cell_means(results: Sequence[CellResult], kind: str | None = None) -> list[CellMean]:
     """Mean of every rule in every cell, in the order of the results.
 
+    Requests that are late or cold show this machine: they are left out where the rule has others in the cell.
+
     Args:
         results: what was measured.
         kind: kind of input; None: all.
@@ -92,7 +94,8 @@ def cell_means(results: Sequence[CellResult], kind: str | None = None) -> list[C
         by_rule: defaultdict[str, list[Run]] = defaultdict(list)
         for run in result.runs:
             by_rule[run.rule].append(run)
-        for rule, runs in by_rule.items():
+        for rule, every in by_rule.items():
+            runs = [run for run in every if run.is_warm and not run.is_late] or every
             means.append(
                 CellMean(
                     cell=result.cell,
