@@ -135,6 +135,18 @@ def test_late_requests_count_only_where_a_rule_has_no_others() -> None:
     assert (mean.latency_s, mean.count) == (9.0, 2)
 
 
+def test_a_cell_where_a_rule_was_only_late_is_measured_again(tmp_path: Path) -> None:
+    late = msgspec.structs.replace(make_run("loadpart", 9.0), is_late=True)
+    cell, path = load_cell("alexnet", "0"), tmp_path / "results.jsonl"
+    store = Store(path, "g")
+    store.append(make_result(cell, [late, make_run("neurosurgeon", 1.0)]))
+    assert store.missing([cell]) == Store(path, "g").missing([cell]) == [cell]
+    store.append(make_result(cell, [late, make_run("loadpart", 1.0), make_run("neurosurgeon", 1.0)]))
+    for each in (store, Store(path, "g")):
+        assert not each.missing([cell])
+        assert len(each.results) == 1
+
+
 @given(st.lists(st.tuples(st.floats(0.01, 100.0), st.floats(0.01, 100.0)), min_size=1, max_size=20))
 def test_speedups_and_reductions_tell_the_same(latencies: list[tuple[float, float]]) -> None:
     results = [
@@ -246,9 +258,10 @@ def test_a_quick_run_is_whole_and_a_second_one_adds_nothing(name: str, tmp_path:
     data = (tmp_path / "results.jsonl").read_bytes()
     paper = LoadpartPaper(QUICK_LOADPART) if name == "loadpart" else D3Paper(QUICK_D3)
     store = Store(tmp_path / "results.jsonl", fingerprint(paper.grid))
-    assert not store.missing(paper.cells())
+    assert [result.cell for result in store.results] == list(paper.cells())
     for result in store.results:
         assert {run.rule for run in result.runs} == set(paper.rules(result.model))
         assert {run.outcome for run in result.runs} <= {"device", "remote"}
-    run_reproduce(config)
-    assert (tmp_path / "results.jsonl").read_bytes() == data
+    if not store.missing(paper.cells()):  # on a busy machine some cells are measured again
+        run_reproduce(config)
+        assert (tmp_path / "results.jsonl").read_bytes() == data

@@ -26,6 +26,10 @@ SETTLE_S = 20.0
 SETTLED_FRAC = 0.25
 """How near a reading must come to what is emulated."""
 
+PAUSE_S = 0.5
+PAUSE_MAX_S = 8.0
+"""After a late request others have this machine for a while; each further pause is twice as long, up to the maximum."""
+
 
 @dataclass(slots=True)
 class PlainCodec:
@@ -150,14 +154,17 @@ class Bed:
         self._paper.apply(self.cluster, self.session, cell)
         until_s = time.perf_counter() + SETTLE_S
         while True:
-            for plan in self._paper.sensors(self.session):
-                self.session.infer(self._inputs[KIND], deadline_s=DEADLINE_S, plan=plan)
+            self._sense()
             state = self._state()
             pairs = [self._paper.expected(read(state), cell) for read in (last_value, tuned)]
             errors = [abs(got / true - 1.0) for found in pairs for got, true in found.values()]
             is_settled = max(errors) <= SETTLED_FRAC
             if is_settled or time.perf_counter() >= until_s:
                 return is_settled, {name: got for name, (got, _) in pairs[0].items()}
+
+    def _sense(self) -> None:
+        for plan in self._paper.sensors(self.session):
+            self.session.infer(self._inputs[KIND], deadline_s=DEADLINE_S, plan=plan)
 
     def _ask(self, rule: str, kind: str) -> tuple[Run, int, int]:
         """One request that counts, and how many before it did not: with a new plan, which builds segments; late."""
@@ -174,6 +181,9 @@ class Bed:
                 return run, num_cold, num_late
             num_cold += not run.is_warm
             num_late += run.is_warm
+            if run.is_late:
+                time.sleep(min(PAUSE_S * 2.0**num_late, PAUSE_MAX_S))
+                self._sense()  # readings have aged meanwhile
 
     def _state(self) -> SystemState:
         return self.session.state(KIND, self._bytes[KIND], DEADLINE_S)

@@ -83,6 +83,8 @@ def _health(results: Sequence[CellResult]) -> str:
         f"{sum(result.num_late for result in results)} for which this machine was too slow (device layers more than "
         f"{LATE_FRAC:.0%} over what is emulated). Among those that count: {cold} and {late}, "
         "left out of a mean where the rule has others in the cell.",
+        f"- Cells to be measured again on a quieter machine, because a rule has no other requests: "
+        f"{sum(not result.is_sound for result in results)} (the same command does so).",
         f"- Cells where readings had not settled in time: {len(unsettled)} of {len(results)}"
         + "".join(f"; {label}" for label in unsettled),
         f"- Segments of nodes that this machine was too slow for: {sum(overruns.values())} {dict(overruns)}.",

@@ -45,6 +45,11 @@ class Run(msgspec.Struct, frozen=True):
     codec_s: float
     decision_s: float
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether it shows the rule and what is emulated, not the building of segments or a busy machine."""
+        return self.is_warm and not self.is_late
+
 
 class CellResult(msgspec.Struct, frozen=True):
     """One line of `results.jsonl`."""
@@ -65,6 +70,11 @@ class CellResult(msgspec.Struct, frozen=True):
     def cell(self) -> Cell:
         """Which one."""
         return Cell(self.model, self.kind, tuple(self.condition.items()))
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every rule has a sound request; if not, the cell is to be measured again."""
+        return {run.rule for run in self.runs} == {run.rule for run in self.runs if run.is_sound}
 
 
 class Store:
@@ -110,11 +120,11 @@ class Store:
         return list(self._results.values())
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
-        """The cells that are still to be measured."""
-        return [cell for cell in cells if cell not in self._results]
+        """The cells that are still to be measured, or to be measured again."""
+        return [cell for cell in cells if cell not in self._results or not self._results[cell].is_sound]
 
     def append(self, result: CellResult) -> None:
-        """Keep a cell for good."""
+        """Keep a cell for good; it takes the place of an earlier result."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             file.write(msgspec.json.encode(result) + b"\n")

@@ -95,7 +95,7 @@ def cell_means(results: Sequence[CellResult], kind: str | None = None) -> list[C
         for run in result.runs:
             by_rule[run.rule].append(run)
         for rule, every in by_rule.items():
-            runs = [run for run in every if run.is_warm and not run.is_late] or every
+            runs = [run for run in every if run.is_sound] or every
             means.append(
                 CellMean(
                     cell=result.cell,
