@@ -12,12 +12,19 @@ from agent.bench.echo import EchoConfig, run_echo
 from agent.bench.plan import PlanConfig, run_plan
 from agent.bench.recovery import RecoveryConfig, run_recovery
 from agent.bench.split import SplitConfig, run_split
+from agent.bench.testbed import TestbedConfig, run_testbed
 
 if __name__ == "__main__":
     config = tyro.extras.subcommand_cli_from_dict(
-        {"echo": EchoConfig, "plan": PlanConfig, "recovery": RecoveryConfig, "split": SplitConfig}
+        {
+            "echo": EchoConfig,
+            "plan": PlanConfig,
+            "recovery": RecoveryConfig,
+            "split": SplitConfig,
+            "testbed": TestbedConfig,
+        }
     )
-    assert isinstance(config, EchoConfig | PlanConfig | RecoveryConfig | SplitConfig)
+    assert isinstance(config, EchoConfig | PlanConfig | RecoveryConfig | SplitConfig | TestbedConfig)
     match config:
         case EchoConfig():
             report = run_echo(config)
@@ -27,6 +34,8 @@ if __name__ == "__main__":
             report = run_recovery(config)
         case SplitConfig():
             report = run_split(config)
+        case TestbedConfig():
+            report = run_testbed(config)
     report.show(Console())
     if config.json is not None:
         report.write(config.json)

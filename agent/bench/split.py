@@ -5,12 +5,7 @@ bytes that cross go over a bare TCP connection through a relay of the same shape
 is ours: messages, queues, threads, sockets. Whole and parts take turns, so that a busy machine slows both.
 """
 
-import socket
 import statistics
-import tempfile
-import threading
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
+from agent.bench.bare_link import BareLink
 from agent.bench.report import Bar, Report
 from runtime.deployment import ModelConfig
 from runtime.device.session import Session
@@ -27,7 +23,7 @@ from runtime.planning.cost import value_bytes
 from runtime.planning.policies.registry import fixed_policy
 from runtime.planning.problem import Route, find_route
 from runtime.presets import LinkConfig, LinkEmulation, NodeEmulation
-from runtime.testbed.cluster import Cluster, Relay
+from runtime.testbed.cluster import Cluster
 from runtime.testbed.rate import LinkShape
 from runtime.types import DEVICE_NODE, GraphSpec, Plan, Tier
 from runtime.wire.codec import AutoCodec
@@ -65,7 +61,10 @@ def run_split(config: SplitConfig) -> Report:
     with ExitStack() as stack:
         hosted = {name: _host(emulation) for name, emulation in emulate.items()}
         graph = hosted[DEVICE_NODE].graph.spec
-        wires = {ends: stack.enter_context(BareLink(*shape)) for ends, shape in LINKS.items()}
+        wires = {
+            ends: stack.enter_context(BareLink(LinkShape(rates_bps=(bps,), delay_s=delay_s)))
+            for ends, (bps, delay_s) in LINKS.items()
+        }
         cluster = stack.enter_context(Cluster(model, edges=("edge0",), emulate=emulate, links=links))
         plans = _plans(graph)
         session = stack.enter_context(Session(cluster.deployment, fixed_policy(plans["two tiers"])))
@@ -105,7 +104,7 @@ def _run_parts(
     plan: Plan,
     example: torch.Tensor,
     hosted: dict[str, HostedModel],
-    wires: "dict[tuple[str, str], BareLink]",
+    wires: dict[tuple[str, str], BareLink],
 ) -> float:
     """Sum of the seconds of every tier's layers and every link's bytes, each alone."""
     route = find_route(graph, plan, "tensor")
@@ -133,65 +132,6 @@ def _input_name(graph: GraphSpec) -> str:
 def _result_bytes(graph: GraphSpec, route: Route, hop: int) -> int:
     made = {name for tier in route.tiers[hop + 1 :] for name in route.stage(tier).makes}
     return value_bytes(graph, tuple(name for name in graph.outputs if name in made), 0)
-
-
-class BareLink:
-    """Bytes there and bytes back over one TCP connection through a shaped relay, and nothing else.
-
-    Args:
-        rate_bps: of each direction.
-        delay_s: one way.
-    """
-
-    def __init__(self, rate_bps: float, delay_s: float) -> None:
-        self._shape = LinkShape(rates_bps=(rate_bps,), delay_s=delay_s)
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "BareLink":
-        """Start the relay and the far end behind it."""
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="offcut-bench-")))
-        listener = self._stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        threading.Thread(target=_answer, args=(listener,), daemon=True).start()
-        port = listener.getsockname()[1]
-        relay = Relay("relay-bare", f"tcp://127.0.0.1:{port - 1}", folder)  # the data port is the next one
-        self._stack.callback(relay.stop)
-        relay.shape(up=self._shape, down=self._shape)
-        host, _, control = relay.address.removeprefix("tcp://").rpartition(":")
-        self._socket = self._stack.enter_context(socket.create_connection((host, int(control) + 1)))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close everything."""
-        self._stack.close()
-
-    def round_s(self, up_bytes: int, down_bytes: int) -> float:
-        """Seconds for bytes out and, once all are there, bytes back."""
-        start_s = time.perf_counter()
-        self._socket.sendall(up_bytes.to_bytes(8, "big") + down_bytes.to_bytes(8, "big") + bytes(up_bytes))
-        _read(self._socket.recv, down_bytes)
-        return time.perf_counter() - start_s
-
-
-def _answer(listener: socket.socket) -> None:
-    connection, _ = listener.accept()
-    with connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while header := _read(connection.recv, 16):
-            _read(connection.recv, int.from_bytes(header[:8], "big"))
-            connection.sendall(bytes(int.from_bytes(header[8:], "big")))
-
-
-def _read(receive: Callable[[int], bytes], nbytes: int) -> bytes:
-    """Read so many bytes, or nothing when the other end is gone."""
-    chunks = []
-    while nbytes:
-        chunk = receive(min(nbytes, 2**18))
-        if not chunk:
-            return b""
-        chunks.append(chunk)
-        nbytes -= len(chunk)
-    return b"".join(chunks)
 
 
 def _add_rows(report: Report, whole: dict[str, list[float]], parts: dict[str, list[float]]) -> None:
