@@ -40,6 +40,7 @@ test-all: setup  ## Every test: all models, the long streams
 demo: setup  ## Send photographs through ResNet-50 on a device, two edges and a cloud
 	$(BIN)/python scripts/demo.py
 
-bench: setup  ## Echo tensors: our channel against raw pyzmq and gRPC, side by side
+bench: setup  ## Every benchmark, bars and all; reports in runs/bench (an hour; keep the machine quiet)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	$(BIN)/python scripts/bench.py echo
+	mkdir -p runs/bench
+	$(foreach name,echo split testbed plan recovery,$(BIN)/python scripts/bench.py $(name) --json runs/bench/$(name).json || true;)
