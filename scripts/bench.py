@@ -36,7 +36,7 @@ if __name__ == "__main__":
             report = run_split(config)
         case TestbedConfig():
             report = run_testbed(config)
-    report.show(Console())
+    report.show(Console(width=max(Console().width, 120)))
     if config.json is not None:
         report.write(config.json)
     sys.exit(0 if all(bar.holds for bar in report.bars) else 1)
