@@ -1,5 +1,6 @@
 """The agent: policies by name or checkpoint, and the `offcut` command."""
 
-from runtime.planning.policies.registry import PolicySpec, load_policy
+from agent.policies import load_policy
+from runtime.planning.policies.registry import PolicySpec
 
 __all__ = ["PolicySpec", "load_policy"]

@@ -1,0 +1,147 @@
+"""A trained policy on a device: numpy alone decides. No torch, no sockets, no environment."""
+
+import numpy as np
+import numpy.typing as npt
+
+from agent.checkpoint import Checkpoint, SeenRange, Weights
+from runtime.errors import PlanError
+from runtime.planning.arrays import FloatArray, IntArray, StateArrays
+from runtime.planning.features import (
+    CANDIDATE_COLUMNS,
+    CANDIDATE_HIGH,
+    CANDIDATE_LOW,
+    CONTEXT_COLUMNS,
+    CONTEXT_HIGH,
+    CONTEXT_LOW,
+    FeatureEncoder,
+    Features,
+)
+from runtime.planning.problem import PlanningProblem
+from runtime.types import Plan, SystemState
+
+Array32 = npt.NDArray[np.float32]
+
+PLANNER_SCALE = 4.0
+"""The planner's logits are -PLANNER_SCALE * ln(predicted / least predicted): at 4, a plan of twice the latency is drawn
+16 times less often (from a feasibility study)."""
+
+OVER_BEST = CANDIDATE_COLUMNS.index("over_best:over_best")
+"""Column that holds log10 of predicted / least predicted."""
+
+LOGIT_PER_DECADE = -PLANNER_SCALE * float(np.log(10.0))
+
+_MARGIN_FRAC = 0.05
+"""A state counts as seen up to this share of a column's bounds outside the range of the training. Guess."""
+
+
+class FrozenNetwork:
+    """The scorer of `agent.network` in numpy; the value head is not needed to decide."""
+
+    def __init__(self, weights: Weights) -> None:
+        def columns(name: str) -> Array32:
+            return np.ascontiguousarray(weights[f"scorer.{name}.weight"].T)
+
+        self._from_candidate, self._from_context = columns("from_candidate"), columns("from_context")
+        self._mix, self._residual = columns("mix"), columns("residual")
+        self._context_bias, self._mix_bias = weights["scorer.from_context.bias"], weights["scorer.mix.bias"]
+
+    def score(self, features: Features) -> Array32:
+        """Logits of all candidates, shape (B, K), whatever the mask."""
+        batch, num_candidates, width = features.candidates.shape
+        hidden = (features.candidates.reshape(-1, width) @ self._from_candidate).reshape(batch, num_candidates, -1)
+        hidden += (features.context @ self._from_context + self._context_bias)[:, None, :]
+        np.maximum(hidden, 0.0, out=hidden)
+        hidden = hidden.reshape(batch * num_candidates, -1) @ self._mix
+        hidden += self._mix_bias
+        np.maximum(hidden, 0.0, out=hidden)
+        logits: Array32 = np.multiply(features.candidates[..., OVER_BEST], LOGIT_PER_DECADE, dtype=np.float32)
+        logits += (hidden @ self._residual).reshape(batch, num_candidates)
+        return logits
+
+
+class FrozenPolicy:
+    """Picks the candidate with the greatest logit among those that the mask allows.
+
+    Args:
+        problem: what to decide for.
+        checkpoint: the trained weights and the range of states that they were trained in.
+
+    Raises:
+        PlanError: when no split of the problem is legal.
+    """
+
+    is_stateful = False
+
+    def __init__(self, problem: PlanningProblem, checkpoint: Checkpoint) -> None:
+        self.encoder = FeatureEncoder(problem)
+        self.network = FrozenNetwork(checkpoint.weights)
+        self._candidate_range, self._context_range = _widen(checkpoint.manifest.seen)
+        self._last: tuple[SystemState, Features] | None = None
+
+    def plan(self, state: SystemState) -> Plan:
+        """Pick the plan for one state.
+
+        Raises:
+            PlanError: when the logits are not numbers.
+        """
+        return self.encoder.candidates.plans[int(self.pick(self._encode(state))[0])]
+
+    def choose(self, state: StateArrays, current: IntArray | None = None, warm: FloatArray | None = None) -> IntArray:
+        """Pick a candidate's index for every state of a batch, shape (B,); arguments as of `FeatureEncoder.encode`."""
+        return self.pick(self.encoder.encode(state, current=current, warm=warm))
+
+    def pick(self, features: Features) -> IntArray:
+        """Pick a candidate's index for every row of features, shape (B,).
+
+        Raises:
+            PlanError: when the logit of an allowed candidate is not a number.
+        """
+        logits = self.network.score(features)
+        if not np.isfinite(logits[features.mask]).all():
+            raise PlanError(
+                "expected numbers as the scores of the candidates, got NaN or infinity: some reading of the state is "
+                "none; guard the policy, so that the planner answers"
+            )
+        choice: IntArray = np.where(features.mask, logits, -np.inf).argmax(axis=1)
+        return choice
+
+    def out_of_range(self, state: SystemState) -> str:
+        """Name the first column in which a state is outside the range of the training; empty: it is inside."""
+        features = self._encode(state)
+        low, high = self._candidate_range
+        rows = features.candidates[0][features.mask[0]]
+        is_inside = (rows >= low) & (rows <= high)  # False for what is not a number
+        if not is_inside.all():
+            row, column = np.argwhere(~is_inside)[0]
+            return _outside("candidates", CANDIDATE_COLUMNS[column], rows[row, column], low[column], high[column])
+        low, high = self._context_range
+        context = features.context[0]
+        is_inside = (context >= low) & (context <= high)
+        if not is_inside.all():
+            column = int(is_inside.argmin())
+            return _outside("context", CONTEXT_COLUMNS[column], context[column], low[column], high[column])
+        return ""
+
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+    def _encode(self, state: SystemState) -> Features:
+        """Encode once for `out_of_range` and `plan` of the same request."""
+        if self._last is None or self._last[0] is not state:
+            self._last = state, self.encoder.encode_state(state)
+        return self._last[1]
+
+
+def _widen(seen: SeenRange) -> tuple[tuple[Array32, Array32], tuple[Array32, Array32]]:
+    """Least and greatest value that counts as seen, of the candidates' and of the context's columns."""
+    tables = ((seen.candidates, CANDIDATE_LOW, CANDIDATE_HIGH), (seen.context, CONTEXT_LOW, CONTEXT_HIGH))
+    candidates, context = (_widen_table(np.array(ranges), _MARGIN_FRAC * (high - low)) for ranges, low, high in tables)
+    return candidates, context
+
+
+def _widen_table(ranges: FloatArray, margin: FloatArray) -> tuple[Array32, Array32]:
+    return (ranges[:, 0] - margin).astype(np.float32), (ranges[:, 1] + margin).astype(np.float32)
+
+
+def _outside(part: str, column: str, value: np.float32, low: np.float32, high: np.float32) -> str:
+    return f"{part} {column} = {value:.3g} is outside [{low:.3g}, {high:.3g}]"
