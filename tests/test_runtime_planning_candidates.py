@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from runtime.errors import PlanError
 from runtime.planning.arrays import encode_states
-from runtime.planning.candidates import NUM_CANDIDATES, candidates, sample_conditions
+from runtime.planning.candidates import NUM_CANDIDATES, candidates
+from runtime.planning.conditions import sample_conditions
 from runtime.planning.cost import predict_total
 from runtime.planning.problem import PlanningProblem, check_plan
 from runtime.planning.rows import PlanCosts, compile_plan
