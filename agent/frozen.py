@@ -94,10 +94,10 @@ class FrozenPolicy:
         """Pick a candidate's index for every row of features, shape (B,).
 
         Raises:
-            PlanError: when the logit of an allowed candidate is not a number.
+            PlanError: when a logit is not a number.
         """
         logits = self.network.score(features)
-        if not np.isfinite(logits[features.mask]).all():
+        if not np.isfinite(logits).all():
             raise PlanError(
                 "expected numbers as the scores of the candidates, got NaN or infinity: some reading of the state is "
                 "none; guard the policy, so that the planner answers"

@@ -14,7 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from agent.bench.report import Bar, Report
+from agent.checkpoint import FORMAT_VERSION, Checkpoint, Manifest, SeenRange, weight_shapes
+from agent.frozen import FrozenPolicy
 from runtime.deployment import Deployment, ModelConfig, NodeConfig
+from runtime.planning.candidates import NUM_CANDIDATES
+from runtime.planning.features import CANDIDATE_COLUMNS, CONTEXT_COLUMNS, FEATURES_VERSION
 from runtime.planning.policies.d3 import MIN_DWELL, NUM_SAMPLES, D3Policy
 from runtime.planning.policies.registry import load_policy
 from runtime.planning.problem import PlanningProblem, Policy
@@ -41,6 +45,9 @@ BLOCK_S = 0.2
 
 SHAPES = ("chain", "skips")
 UPDATE = "d3 update"
+LEARNT = "ppo"
+HIDDEN = 64
+"""Width of the policy's network, as `agent.network` has it."""
 UPDATE_SEEDS = (8, 10)
 """States in which a change of one link or load does move some labels, on both graphs."""
 SEED = 7
@@ -70,6 +77,7 @@ def run_plan(config: PlanConfig) -> Report:
         states = [make_state(problem, seed) for seed in range(4)]
         for rule in RULES:
             calls[rule, shape] = partial(_time_rule, load_policy(rule).build(problem), states)
+        calls[LEARNT, shape] = partial(_time_rule, FrozenPolicy(problem, make_checkpoint()), states)
         calls[UPDATE, shape] = _UpdateTimer(problem, [make_state(problem, seed) for seed in UPDATE_SEEDS])
     calls["fixed numpy loop", ""] = _time_loop
     least_s = dict.fromkeys(calls, math.inf)
@@ -84,6 +92,7 @@ def run_plan(config: PlanConfig) -> Report:
         ("plan_d3_update_ms", UPDATE, 1e3, 1.0),
         ("plan_optimal_500_ms", "optimal", 1e3, 20.0),
         ("plan_planner_us", "planner", 1e6, 150.0),
+        ("plan_ppo_us", LEARNT, 1e6, 300.0),
     ):
         worst_s = max(least_s[rule, shape] for shape in SHAPES)
         report.bars.append(Bar(name, worst_s * unit, bound, "lower"))
@@ -141,6 +150,25 @@ def _changes(state: SystemState) -> list[SystemState]:
         changed.append(replace(state, links=links))
     edge = replace(state.nodes[0], load_factor=2 * state.nodes[0].load_factor)
     return [*changed, replace(state, nodes=(edge, *state.nodes[1:]))]
+
+
+def make_checkpoint() -> Checkpoint:
+    """Make up a policy's weights: how long it takes to decide does not depend on what they are."""
+    rng = np.random.default_rng(SEED)
+    weights = {name: rng.normal(0.0, 0.1, shape).astype(np.float32) for name, shape in weight_shapes(HIDDEN).items()}
+    seen = SeenRange(((-3.0, 3.0),) * len(CANDIDATE_COLUMNS), ((-3.0, 3.0),) * len(CONTEXT_COLUMNS))
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        num_candidates=NUM_CANDIDATES,
+        features_version=FEATURES_VERSION,
+        hidden=HIDDEN,
+        weights_sha256="",
+        error_range=(-1.0, 1.0),
+        seen=seen,
+        config={},
+        training={},
+    )
+    return Checkpoint("made up", weights, manifest)
 
 
 def _time_loop() -> float:

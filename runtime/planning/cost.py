@@ -82,6 +82,11 @@ def predict(costs: PlanCosts, readings: ReadingsArrays, state: StateArrays) -> F
         readings: what is believed of links and nodes; unknown links are completed with nominal values.
         state: input bytes and backlogs.
     """
+    return predict_complete(costs, _complete_used(costs, readings), state)
+
+
+def predict_complete(costs: PlanCosts, readings: ReadingsArrays, state: StateArrays) -> FloatArray:
+    """Predict as `predict` does, from readings without unknown links (`complete`)."""
     terms = _predict_terms(costs, readings, state)
     parts = np.empty((len(state.input_bytes), costs.num_plans, len(PARTS)))
     parts[..., :_UPLINK] = terms.compute
@@ -93,7 +98,7 @@ def predict(costs: PlanCosts, readings: ReadingsArrays, state: StateArrays) -> F
 
 def predict_total(costs: PlanCosts, readings: ReadingsArrays, state: StateArrays) -> FloatArray:
     """Predict as `predict` does, but only the sum of the parts, shape (B, K)."""
-    terms = _predict_terms(costs, readings, state)
+    terms = _predict_terms(costs, _complete_used(costs, readings), state)
     total: FloatArray = terms.compute @ _ONES[:3] + terms.transfer @ _ONES[:NUM_HOPS]
     for single in terms.single:
         total += single
@@ -126,20 +131,22 @@ def _predict_terms(costs: PlanCosts, readings: ReadingsArrays, state: StateArray
 
 
 def _link_times(costs: PlanCosts, readings: ReadingsArrays) -> _LinkTimes:
-    bandwidth, rtt = readings.bandwidth_bps, readings.rtt_s
-    # Links that no plan takes, such as those between edge nodes, are often unknown and do not matter.
-    if np.isnan(bandwidth.take(costs.used_links, axis=1)).any():
-        bandwidth = _complete(bandwidth, costs.layout, NOMINAL_BANDWIDTH_BPS)
-    if np.isnan(rtt.take(costs.used_links, axis=1)).any():
-        rtt = _complete(rtt, costs.layout, NOMINAL_RTT_S)
     return _LinkTimes(
-        s_per_byte=(8.0 / bandwidth).take(costs.link, axis=1),
-        half_rtt_s=(0.5 * rtt).take(costs.link, axis=1) * costs.has_hop,
+        s_per_byte=(8.0 / readings.bandwidth_bps).take(costs.link, axis=1),
+        half_rtt_s=(0.5 * readings.rtt_s).take(costs.link, axis=1) * costs.has_hop,
     )
+
+
+def _complete_used(costs: PlanCosts, readings: ReadingsArrays) -> ReadingsArrays:
+    """Complete the readings, unless all links that a plan takes are known: those between edge nodes often are not."""
+    both = (readings.bandwidth_bps + readings.rtt_s).take(costs.used_links, axis=1)
+    return complete(readings, costs.layout) if np.isnan(both).any() else readings
 
 
 def complete(readings: ReadingsArrays, layout: Layout) -> ReadingsArrays:
     """Replace unknown rates and round trips by the opposite direction's, else by the nominal ones."""
+    if not np.isnan(readings.bandwidth_bps + readings.rtt_s).any():
+        return readings
     return ReadingsArrays(
         bandwidth_bps=_complete(readings.bandwidth_bps, layout, NOMINAL_BANDWIDTH_BPS),
         rtt_s=_complete(readings.rtt_s, layout, NOMINAL_RTT_S),
@@ -183,7 +190,7 @@ def estimate(
 def describe(costs: PlanCosts, parts: FloatArray, readings: ReadingsArrays, row: int = 0) -> LatencyBreakdown:
     """Put one plan's predicted parts, shape (len(PARTS),), into a record; `readings` has batch 1."""
     layout, by_part = costs.layout, dict(zip(PARTS, parts.tolist(), strict=True))
-    half_rtt_s = _link_times(costs, readings).half_rtt_s[0, row]
+    half_rtt_s = _link_times(costs, _complete_used(costs, readings)).half_rtt_s[0, row]
     transfer: dict[str, float] = {}
     for hop in range(NUM_HOPS):
         if costs.has_hop[row, hop]:

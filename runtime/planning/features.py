@@ -15,6 +15,7 @@ import numpy.typing as npt
 from runtime.planning.arrays import (
     NEVER_S,
     NUM_ERRORS,
+    BoolArray,
     FloatArray,
     IntArray,
     Layout,
@@ -23,11 +24,11 @@ from runtime.planning.arrays import (
     encode_states,
 )
 from runtime.planning.candidates import NUM_CANDIDATES, Candidates, candidates
-from runtime.planning.cost import PARTS, complete, predict, predict_total, total_s
+from runtime.planning.cost import PARTS, complete, predict_complete, predict_total, total_s
 from runtime.planning.estimators import ReadingsArrays, last_value_arrays, tuned_arrays
 from runtime.planning.problem import PlanningProblem
 from runtime.planning.rows import CutTables
-from runtime.types import DEVICE_NODE, SystemState
+from runtime.types import DEVICE_NODE, Plan, SystemState
 
 NUM_EDGES = 3
 """Edge nodes that the context shows, in the deployment's order."""
@@ -35,7 +36,7 @@ NUM_EDGES = 3
 NUM_SHOWN = 3
 """Bandwidth samples that the context shows per link, newest first."""
 
-_FLOOR = 1e-3
+_FLOOR = np.float32(1e-3)
 _NODE_SLOTS = ("device", *(f"edge{n}" for n in range(NUM_EDGES)), "cloud")
 _LINK_SLOTS = tuple(
     f"{a}>{b}"
@@ -46,6 +47,7 @@ _LINK_SLOTS = tuple(
     )
     for a, b in (ends, ends[::-1])
 )
+_NODES, _LINKS, _SAMPLES = "nodes", "links", "samples"
 _HELD = PARTS[:4]  # device, edge, cloud, uplink: what one request holds and others wait for
 
 
@@ -60,7 +62,7 @@ class _Given:
     total_s: FloatArray  # (B, K)
     penalty: FloatArray  # (B, K) 0 where the mask allows
     current: IntArray  # (B,) index of the candidate in force, -1: none
-    warm: FloatArray  # (B, K)
+    warm: FloatArray  # (B, K) or (1, K)
     input_s: FloatArray  # (B, L) time of the input at the tuned rate
     rate_hz: FloatArray  # (B,) 0 where it is not known
 
@@ -69,28 +71,21 @@ class _Given:
 class _Slots:
     """Where the shown slots are in a problem's layout, and what times and bytes are measured in."""
 
-    layout: Layout
-    nodes: IntArray  # (shown nodes,) slot in the layout
-    has_node: FloatArray  # (shown nodes,) 1 where there is one
+    nodes: IntArray  # (shown nodes,) slot in the layout, -1 where there is none
     links: IntArray  # (shown links,)
-    has_link: FloatArray
-    samples: IntArray  # (shown links * NUM_SHOWN,) position in the flattened samples
-    has_samples: FloatArray
     has_layers: FloatArray  # (K, 3)
     reference_s: float
     reference_bytes: float
+    request_scale: FloatArray  # (5,)
 
-    def of_nodes(self, values: FloatArray) -> FloatArray:
-        """Pick the shown nodes; 0 where there is none."""
-        return values.take(self.nodes, axis=1) * self.has_node
-
-    def of_links(self, values: FloatArray) -> FloatArray:
-        """Pick the shown links; 0 where there is none."""
-        return values.take(self.links, axis=1) * self.has_link
-
-    def of_samples(self, values: FloatArray) -> FloatArray:
-        """Pick the shown samples of the shown links; 0 where there is no such link."""
-        return values.reshape(len(values), -1).take(self.samples, axis=1) * self.has_samples
+    def places(self, shows: str, num_nodes: int, num_links: int) -> tuple[IntArray, int]:
+        """Which of the numbers that a row of the context encodes are shown, -1 for none, and how many there are."""
+        if shows == _NODES:
+            return self.nodes, num_nodes
+        if shows == _LINKS:
+            return self.links, num_links
+        spread = self.links[:, None] * NUM_SHOWN + np.arange(NUM_SHOWN)
+        return np.where(self.links[:, None] < 0, -1, spread).ravel(), num_links * NUM_SHOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +97,17 @@ class Feature:
     low: float
     high: float
     text: str
-    encode: Callable[[_Given], FloatArray]
-    """Gives the columns: shape (B, K, columns) of candidates, (B, columns) of the context. Clipped to the bounds."""
+    encode: Callable[[_Given], FloatArray | BoolArray]
+    """Gives the columns, shape (B, K, columns), of candidates. Of the context: shape (B, columns), or numbers of all
+    nodes or links of the layout, of which the columns show some (`shows`). Clipped to the bounds."""
     is_log: bool = True
     """Whether what is shown is log10(what `encode` gives + 0.001)."""
+    shows: str = ""
+    """What `encode` gives numbers of: nodes, links, or the newest samples of links; 0 is shown where there is none."""
 
 
-def _is_current(given: _Given) -> FloatArray:
-    is_current: FloatArray = (given.current[:, None, None] == _PLACES) * 1.0
+def _is_current(given: _Given) -> BoolArray:
+    is_current: BoolArray = given.current[:, None, None] == _PLACES
     return is_current
 
 
@@ -140,33 +138,37 @@ CANDIDATE_FEATURES: tuple[Feature, ...] = (
 def _samples(given: _Given) -> FloatArray:
     """Time of the input at each sample's rate; at the tuned rate where there is none."""
     input_s = given.slots.reference_bytes * 8.0 / np.maximum(given.state.bandwidth_bps[..., :NUM_SHOWN], 1.0)
-    input_s = np.where(np.isnan(input_s), given.input_s[..., None], input_s)
-    return given.slots.of_samples(input_s * (1.0 / given.slots.reference_s))
+    np.copyto(input_s, given.input_s[..., None], where=np.isnan(input_s))
+    input_s *= 1.0 / given.slots.reference_s
+    return input_s.reshape(len(input_s), -1)
+
+
+def _ages(given: _Given) -> FloatArray:
+    return given.state.sample_age_s[..., :NUM_SHOWN].reshape(len(given.rate_hz), -1)
 
 
 def _backlog(given: _Given) -> FloatArray:
     """Time to drain the queue in front of each link."""
-    drain = given.state.backlog_bytes * given.input_s
-    return given.slots.of_links(drain * (1.0 / (given.slots.reference_bytes * given.slots.reference_s)))
+    scale = 1.0 / (given.slots.reference_bytes * given.slots.reference_s)
+    return given.state.backlog_bytes * given.input_s * scale
 
 
 def _errors(given: _Given) -> FloatArray:
-    return np.fmax(np.where(np.isnan(given.state.recent_errors), 0.0, given.state.recent_errors) + 1.0, 0.0)
-
-
-def _is_up(given: _Given) -> FloatArray:
-    is_up: FloatArray = given.state.is_up.take(given.slots.nodes, axis=1) * given.slots.has_node
-    return is_up
+    ratio = given.state.recent_errors + 1.0
+    np.copyto(ratio, 1.0, where=np.isnan(ratio))
+    return np.maximum(ratio, 0.0, out=ratio)
 
 
 def _request(given: _Given) -> FloatArray:
-    slots, state = given.slots, given.state
-    columns = np.empty((len(given.rate_hz), 5))
-    columns[:, 0] = state.device_backlog_s / slots.reference_s
-    columns[:, 1] = state.uplink_backlog_bytes / slots.reference_bytes
-    columns[:, 2] = given.rate_hz * slots.reference_s
-    columns[:, 3] = np.fmin(state.deadline_s / slots.reference_s, 1e9)  # none known: as long as can be
-    columns[:, 4] = state.input_bytes / slots.reference_bytes
+    state = given.state
+    columns = np.empty((len(given.rate_hz), len(_REQUEST_COLUMNS)))
+    columns[:, 0] = state.device_backlog_s
+    columns[:, 1] = state.uplink_backlog_bytes
+    columns[:, 2] = given.rate_hz
+    columns[:, 3] = state.deadline_s
+    columns[:, 4] = state.input_bytes
+    columns *= given.slots.request_scale
+    np.fmin(columns, 1e9, out=columns)  # no deadline is known: as long as can be
     return columns
 
 
@@ -177,21 +179,21 @@ def _shown(slots: tuple[str, ...]) -> tuple[str, ...]:
 _REQUEST_COLUMNS = ("device_backlog", "uplink_backlog", "request_rate", "deadline", "input_bytes")
 
 CONTEXT_FEATURES: tuple[Feature, ...] = (
-    Feature("load_factor", _NODE_SLOTS, -3, 2, "k", lambda g: g.slots.of_nodes(np.fmax(g.state.load_factor, 1.0))),
-    Feature("queue_delay", _NODE_SLOTS, -3, 3, "q", lambda g: g.slots.of_nodes(np.fmax(g.state.queue_delay_s, 0.0) * (1.0 / g.slots.reference_s))),
-    Feature("queue_length", _NODE_SLOTS, -3, 3, "1 + requests that wait", lambda g: g.slots.of_nodes(1.0 + g.state.queue_length)),
-    Feature("node_age", _NODE_SLOTS, -3, 3, "seconds since it was heard of", lambda g: g.slots.of_nodes(np.minimum(g.state.node_age_s, NEVER_S))),
-    Feature("sample", _shown(_LINK_SLOTS), -3, 3, "time of the input at a measured rate; the tuned rate where there is none", _samples),
-    Feature("sample_age", _shown(_LINK_SLOTS), -3, 3, "age of the sample in seconds", lambda g: g.slots.of_samples(g.state.sample_age_s[..., :NUM_SHOWN])),
-    Feature("rate", _LINK_SLOTS, -3, 3, "time of the input at the tuned rate", lambda g: g.slots.of_links(g.input_s * (1.0 / g.slots.reference_s))),
-    Feature("round_trip", _LINK_SLOTS, -3, 3, "round trip", lambda g: g.slots.of_links(g.readings.rtt_s * (1.0 / g.slots.reference_s))),
-    Feature("backlog", _LINK_SLOTS, -3, 3, "time to drain the queue in front of the link", _backlog),
+    Feature("load_factor", _NODE_SLOTS, -3, 2, "k", lambda g: np.fmax(g.state.load_factor, 1.0), shows=_NODES),
+    Feature("queue_delay", _NODE_SLOTS, -3, 3, "q", lambda g: np.fmax(g.state.queue_delay_s, 0.0) * (1.0 / g.slots.reference_s), shows=_NODES),
+    Feature("queue_length", _NODE_SLOTS, -3, 3, "1 + requests that wait", lambda g: 1.0 + g.state.queue_length, shows=_NODES),
+    Feature("node_age", _NODE_SLOTS, -3, 3, "seconds since it was heard of", lambda g: np.minimum(g.state.node_age_s, NEVER_S), shows=_NODES),
+    Feature("sample", _shown(_LINK_SLOTS), -3, 3, "time of the input at a measured rate; the tuned rate where there is none", _samples, shows=_SAMPLES),
+    Feature("sample_age", _shown(_LINK_SLOTS), -3, 3, "age of the sample in seconds", _ages, shows=_SAMPLES),
+    Feature("rate", _LINK_SLOTS, -3, 3, "time of the input at the tuned rate", lambda g: g.input_s * (1.0 / g.slots.reference_s), shows=_LINKS),
+    Feature("round_trip", _LINK_SLOTS, -3, 3, "round trip", lambda g: g.readings.rtt_s * (1.0 / g.slots.reference_s), shows=_LINKS),
+    Feature("backlog", _LINK_SLOTS, -3, 3, "time to drain the queue in front of the link", _backlog, shows=_LINKS),
     Feature("errors", tuple(f"{n}" for n in range(NUM_ERRORS)), -2, 2, "measured / predicted, newest first; 1 unknown", _errors),
     Feature("request", _REQUEST_COLUMNS, -3, 3, "work and bytes that wait, requests per reference time, deadline, input", _request),
-    Feature("node_present", _NODE_SLOTS, 0, 1, "1 if there is such a node", lambda g: g.slots.has_node, False),
-    Feature("node_up", _NODE_SLOTS, 0, 1, "1 if it is up", _is_up, False),
-    Feature("utilisation", _NODE_SLOTS, 0, 1, "share of time busy; 0 unknown", lambda g: g.slots.of_nodes(np.fmax(g.state.utilisation_frac, 0.0)), False),
-    Feature("link_present", _LINK_SLOTS, 0, 1, "1 if there is such a link", lambda g: g.slots.has_link, False),
+    Feature("node_present", _NODE_SLOTS, 0, 1, "1 if there is such a node", lambda g: np.ones_like(g.state.node_age_s), False, _NODES),
+    Feature("node_up", _NODE_SLOTS, 0, 1, "1 if it is up", lambda g: g.state.is_up, False, _NODES),
+    Feature("utilisation", _NODE_SLOTS, 0, 1, "share of time busy; 0 unknown", lambda g: np.fmax(g.state.utilisation_frac, 0.0), False, _NODES),
+    Feature("link_present", _LINK_SLOTS, 0, 1, "1 if there is such a link", lambda g: np.ones_like(g.input_s), False, _LINKS),
 )  # fmt: skip
 """The columns of `context`, in order."""
 
@@ -246,6 +248,8 @@ class FeatureEncoder:
         self.candidates: Candidates = candidates(problem)
         self.layout: Layout = self.candidates.costs.layout
         self._slots = _find_slots(problem, self.candidates)
+        self._by_id = {id(plan): index for plan, index in self.candidates.index.items()}
+        self._context = _Gather.of(self._slots, self.layout)
 
     @property
     def reference_s(self) -> float:
@@ -275,7 +279,7 @@ class FeatureEncoder:
         """
         batch = len(state.input_bytes)
         readings = complete(tuned_arrays(state) if readings is None else readings, self.layout)
-        parts = predict(self.candidates.costs, readings, state)
+        parts = predict_complete(self.candidates.costs, readings, state)
         penalty = self.candidates.penalty(state)
         given = _Given(
             slots=self._slots,
@@ -285,77 +289,113 @@ class FeatureEncoder:
             total_s=total_s(parts),
             penalty=penalty,
             current=np.full(batch, -1) if current is None else current,
-            warm=np.full((batch, NUM_CANDIDATES), 0.5) if warm is None else warm,
+            warm=_UNKNOWN if warm is None else warm,
             input_s=self._slots.reference_bytes * 8.0 / readings.bandwidth_bps,
             rate_hz=np.fmax(state.request_rate_hz, 0.0),
         )
         rows = np.empty((batch, NUM_CANDIDATES, len(CANDIDATE_COLUMNS)), dtype=np.float32)
-        context = np.empty((batch, len(CONTEXT_COLUMNS)), dtype=np.float32)
+        for start, stop, encode in _CANDIDATE_ROWS:
+            rows[..., start:stop] = encode(given)
         return Features(
-            candidates=_fill(rows, _CANDIDATE_TABLE, given),
-            context=_fill(context, _CONTEXT_TABLE, given),
+            candidates=_CANDIDATE_TABLE.show(rows),
+            context=_CONTEXT_TABLE.show(self._context.take(given)),
             mask=penalty <= penalty.min(axis=1, keepdims=True),
         )
 
     def encode_state(self, state: SystemState) -> Features:
         """Encode one state: `encode` with batch 1; the plan in force is looked up among the candidates."""
-        plan = state.plan_in_force
-        current = -1 if plan is None else self.candidates.index.get(plan, -1)
-        return self.encode(encode_states(self.layout, (state,)), current=np.array([current]))
+        return self.encode(encode_states(self.layout, (state,)), current=np.array([self._find(state.plan_in_force)]))
+
+    def _find(self, plan: Plan | None) -> int:
+        """Index of a plan among the candidates, -1 for none of them."""
+        if plan is None:
+            return -1
+        # Most often it is one of these very objects: to hash a plan of hundreds of layers takes longer than to look.
+        index = self._by_id.get(id(plan))
+        return self.candidates.index.get(plan, -1) if index is None else index
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """Rows ready for the encoder: the logarithmic ones are the first columns, so that one call takes all logs."""
+    """What turns the numbers of one part into what is shown, over whole blocks of memory.
 
-    rows: tuple[tuple[int, int, Callable[[_Given], FloatArray]], ...]
-    num_logs: int
-    low: npt.NDArray[np.float32]
+    One call takes the logarithms of all columns and another puts the plain ones back: faster than to leave them out.
+    """
+
+    num_logs: int  # these columns come first
+    low: npt.NDArray[np.float32]  # of `repeat` times the columns
     high: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, features: tuple[Feature, ...]) -> "_Table":
-        """Lay the rows out from left to right."""
-        stops = np.cumsum([len(row.columns) for row in features]).tolist()
-        rows = tuple((stop - len(row.columns), stop, row.encode) for row, stop in zip(features, stops, strict=True))
-        num_logs = sum(len(row.columns) for row in features if row.is_log)
-        low, high = _bounds(features)
-        return cls(rows, num_logs, low.astype(np.float32), high.astype(np.float32))
+    def of(cls, features: tuple[Feature, ...], repeat: int) -> "_Table":
+        """Lay the bounds out."""
+        low, high = (np.tile(bound, repeat).astype(np.float32) for bound in _bounds(features))
+        return cls(sum(len(row.columns) for row in features if row.is_log), low, high)
+
+    def show(self, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Take the logarithms and clip, in place; shape (..., columns), contiguous."""
+        plain = numbers[..., self.num_logs :].copy()
+        numbers[..., self.num_logs :] = 1.0
+        numbers += _FLOOR
+        np.log(numbers, out=numbers)
+        numbers *= _PER_DECADE
+        numbers[..., self.num_logs :] = plain
+        flat = numbers.reshape(-1, len(self.low))
+        np.maximum(flat, self.low, out=flat)
+        np.minimum(flat, self.high, out=flat)
+        return numbers
 
 
-_CANDIDATE_TABLE, _CONTEXT_TABLE = _Table.of(CANDIDATE_FEATURES), _Table.of(CONTEXT_FEATURES)
+_UNKNOWN = np.full((1, NUM_CANDIDATES), 0.5)
+_PER_DECADE = np.float32(1.0 / np.log(10.0))
+_CANDIDATE_TABLE, _CONTEXT_TABLE = _Table.of(CANDIDATE_FEATURES, NUM_CANDIDATES), _Table.of(CONTEXT_FEATURES, 1)
+_CANDIDATE_STOPS = np.cumsum([len(row.columns) for row in CANDIDATE_FEATURES]).tolist()
+_CANDIDATE_ROWS = tuple(
+    (stop - len(row.columns), stop, row.encode) for row, stop in zip(CANDIDATE_FEATURES, _CANDIDATE_STOPS, strict=True)
+)
 
 
-def _fill(out: npt.NDArray[np.float32], table: _Table, given: _Given) -> npt.NDArray[np.float32]:
-    for start, stop, encode in table.rows:
-        out[..., start:stop] = encode(given)
-    logs = out[..., : table.num_logs]
-    logs += np.float32(_FLOOR)
-    np.log(logs, out=logs)
-    logs *= np.float32(1.0 / np.log(10.0))
-    np.maximum(out, table.low, out=out)
-    np.minimum(out, table.high, out=out)
-    return out
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gather:
+    """Takes all columns of the context at once from what its rows encode, laid side by side behind a column of zeros."""
+
+    columns: IntArray  # (G,) 0 where the deployment has no such node or link
+
+    @classmethod
+    def of(cls, slots: _Slots, layout: Layout) -> "_Gather":
+        """Find the places of one problem's nodes and links."""
+        columns, start = [], 1
+        for row in CONTEXT_FEATURES:
+            places, width = np.arange(len(row.columns)), len(row.columns)
+            if row.shows:
+                places, width = slots.places(row.shows, len(layout.nodes), len(layout.links))
+            columns.append(np.where(places < 0, 0, places + start))
+            start += width
+        return cls(np.concatenate(columns))
+
+    def take(self, given: _Given) -> npt.NDArray[np.float32]:
+        """Encode the rows and pick, shape (B, G)."""
+        numbers = [np.zeros((len(given.rate_hz), 1)), *(row.encode(given) for row in CONTEXT_FEATURES)]
+        together: npt.NDArray[np.float32] = np.concatenate(numbers, axis=1, dtype=np.float32, casting="same_kind")
+        return together.take(self.columns, axis=1)
 
 
 def _find_slots(problem: PlanningProblem, choices: Candidates) -> _Slots:
     layout, names = choices.costs.layout, _slot_names(problem)
     ends = [(names[a], names[b]) for a, b in (link.split(">") for link in _LINK_SLOTS)]
-    links = np.array([layout.link_slot.get(link, 0) for link in ends])
-    has_link = np.array([link in layout.link_slot for link in ends], dtype=np.float64)
+    nodes = np.array([layout.node_slot.get(name, -1) for name in names.values()])
+    links = np.array([layout.link_slot.get(link, -1) for link in ends])
     up = CutTables.of(problem, "raw").up[:, problem.entry]
     typical = sum(v.tensor.nbytes for v in problem.graph.values if not v.is_sized)
+    reference_s, reference_bytes = _reference_s(choices, typical), max(float(up[0] + up[4] * typical), 1.0)
+    per_s, per_byte = 1.0 / reference_s, 1.0 / reference_bytes
     return _Slots(
-        layout=layout,
-        nodes=np.array([layout.node_slot.get(name, 0) for name in names.values()]),
-        has_node=np.array([name in layout.node_slot for name in names.values()], dtype=np.float64),
+        nodes=nodes,
         links=links,
-        has_link=has_link,
-        samples=(links[:, None] * NUM_SHOWN + np.arange(NUM_SHOWN)).ravel(),
-        has_samples=np.repeat(has_link, NUM_SHOWN),
         has_layers=choices.costs.has_layers,
-        reference_s=_reference_s(choices, typical),
-        reference_bytes=max(float(up[0] + up[4] * typical), 1.0),
+        reference_s=reference_s,
+        reference_bytes=reference_bytes,
+        request_scale=np.array([per_s, per_byte, reference_s, per_s, per_byte]),
     )
 
 
