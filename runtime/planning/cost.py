@@ -56,7 +56,7 @@ def value_bytes(graph: GraphSpec, names: tuple[str, ...], input_bytes: int) -> i
 class _LinkTimes:
     """What the links make of the plans. B: batch, K: plans, H: transfers."""
 
-    s_per_byte: FloatArray  # (B, K, H)
+    s_per_byte: FloatArray  # (B, K, H) 0 where there is no transfer
     half_rtt_s: FloatArray  # (B, K, H) 0 where there is no transfer
 
 
@@ -115,8 +115,8 @@ def _predict_terms(costs: PlanCosts, readings: ReadingsArrays, state: StateArray
     links = _link_times(costs, readings)
     compute = readings.load_factor.take(costs.node, axis=1) * costs.idle_s
     transfer, codec = _transfers(costs, links, state.input_bytes)
-    wait_uplink = state.uplink_backlog_bytes[:, None] * links.s_per_byte[..., 0] * costs.has_hop[:, 0]
-    backbone_bytes = state.backlog_bytes.take(costs.link[:, 1], axis=1) * costs.has_hop[:, 1]
+    wait_uplink = state.uplink_backlog_bytes[:, None] * links.s_per_byte[..., 0]
+    backbone_bytes = state.backlog_bytes.take(costs.link[:, 1], axis=1)
     queue_s = readings.queue_delay_s.take(costs.node, axis=1) * costs.has_layers  # the device's own is 0
     single = (
         links.half_rtt_s @ _ONES[:NUM_HOPS],
@@ -132,7 +132,7 @@ def _predict_terms(costs: PlanCosts, readings: ReadingsArrays, state: StateArray
 
 def _link_times(costs: PlanCosts, readings: ReadingsArrays) -> _LinkTimes:
     return _LinkTimes(
-        s_per_byte=(8.0 / readings.bandwidth_bps).take(costs.link, axis=1),
+        s_per_byte=(8.0 / readings.bandwidth_bps).take(costs.link, axis=1) * costs.has_hop,
         half_rtt_s=(0.5 * readings.rtt_s).take(costs.link, axis=1) * costs.has_hop,
     )
 

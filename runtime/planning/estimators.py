@@ -133,14 +133,13 @@ def tuned_arrays(state: StateArrays, settings: TunedSettings = _FRESH) -> Readin
     # With one of the two unknown, the other; fmax ignores what is not a number.
     bandwidth = np.exp(np.where(np.isnan(log_both), np.fmax(log_rate, log_mean), log_both))
     bandwidth = np.maximum(np.minimum(bandwidth, state.rate_cap_bps), MIN_BANDWIDTH_BPS)
-    stale_s = np.maximum(state.node_age_s - settings.stale_after_s, 0.0)
-    decay = np.exp(stale_s * (-1.0 / settings.load_time_s))
-    return ReadingsArrays(
-        bandwidth_bps=bandwidth,
-        rtt_s=state.rtt_s,
-        load_factor=1.0 + decay * (np.fmax(state.load_factor, 1.0) - 1.0),
-        queue_delay_s=decay * np.fmax(state.queue_delay_s, 0.0),
-    )
+    load_factor, queue_delay_s = np.fmax(state.load_factor, 1.0), np.fmax(state.queue_delay_s, 0.0)
+    if not (state.node_age_s <= settings.stale_after_s).all():  # most often there is nothing to forget
+        stale_s = np.maximum(state.node_age_s - settings.stale_after_s, 0.0)
+        decay = np.exp(stale_s * (-1.0 / settings.load_time_s))
+        load_factor = 1.0 + decay * (load_factor - 1.0)
+        queue_delay_s = decay * queue_delay_s
+    return ReadingsArrays(bandwidth, state.rtt_s, load_factor, queue_delay_s)
 
 
 def last_value(state: SystemState) -> Readings:
