@@ -49,8 +49,9 @@ class InferConfig:
     """JPEG or PNG files; with batch_size N in the deployment, every N of them make one request."""
 
     policy: str | None = None
-    """Rule that picks the plan: device-only, edge-only, cloud-only, or fixed:I,J[@EDGE] (`offcut layers` shows where to
-    cut). None takes cloud-only, or edge-only where there is no cloud."""
+    """Rule that picks the plan: device-only, edge-only, cloud-only, planner, fixed:I,J[@EDGE] (`offcut layers` shows
+    where to cut), or the folder of a trained policy (checkpoints/NAME). None takes cloud-only, or edge-only where there is
+    no cloud."""
 
     codec: str | None = None
     """Codec of the plan: auto, raw, lossless, fp16, int8; the last two need lossless_only = false."""

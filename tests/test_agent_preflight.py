@@ -15,6 +15,7 @@ from runtime.errors import ConfigError, InputError
 from runtime.node.config import NextNode, WorkerConfig
 from runtime.types import NodeState, Tier
 from runtime.wire.messages import PROTOCOL_VERSION, Offer, Status, Welcome
+from tests.test_agent_checkpoint import write as write_checkpoint
 
 KEY = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"
 
@@ -63,6 +64,15 @@ def test_an_option_that_cannot_work_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         prepared(write(tmp_path, "edge"), photo, **options)
+
+
+def test_the_policy_may_be_a_checkpoint_and_a_bad_one_is_named(tmp_path: Path, photo: Path) -> None:
+    path = write(tmp_path, "edge")
+    folder = write_checkpoint(tmp_path / "mine")
+    assert prepared(path, photo, policy=str(folder)).policy.name == "mine"
+    (folder / "weights.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no readable weights\.safetensors"):
+        prepared(path, photo, policy=str(folder))
 
 
 def test_a_file_that_cannot_work_is_named(tmp_path: Path, photo: Path) -> None:

@@ -17,6 +17,7 @@ BARS = {
         "plan_d3_update_ms",
         "plan_optimal_500_ms",
         "plan_planner_us",
+        "plan_ppo_us",
     },
     "recovery": {"recovery_right_answers_frac", "recovery_next_answer_s"},
     "split": {"split_over_parts"},
