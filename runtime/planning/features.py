@@ -102,6 +102,8 @@ class Feature:
     nodes or links of the layout, of which the columns show some (`shows`). Clipped to the bounds."""
     is_log: bool = True
     """Whether what is shown is log10(what `encode` gives + 0.001)."""
+    is_time: bool = False
+    """Whether `encode` gives seconds, to be shown in units of the reference."""
     shows: str = ""
     """What `encode` gives numbers of: nodes, links, or the newest samples of links; 0 is shown where there is none."""
 
@@ -124,9 +126,9 @@ def _held(given: _Given) -> FloatArray:
 
 
 CANDIDATE_FEATURES: tuple[Feature, ...] = (
-    Feature("total", ("total",), -3, 3, "predicted latency", lambda g: (g.total_s / g.slots.reference_s)[..., None]),
+    Feature("total", ("total",), -3, 3, "predicted latency", lambda g: g.total_s[..., None], is_time=True),
     Feature("over_best", ("over_best",), 0, 3, "predicted / best of those the mask allows", _over_best),
-    Feature("parts", PARTS, -3, 3, "predicted parts of the latency", lambda g: g.parts * (1 / g.slots.reference_s)),
+    Feature("parts", PARTS, -3, 3, "predicted parts of the latency", lambda g: g.parts, is_time=True),
     Feature("held", _HELD, 0, 2, "seconds held x request rate", _held, False),
     Feature("uses", ("device", "edge", "cloud"), 0, 1, "1 where it runs layers", lambda g: g.slots.has_layers, False),
     Feature("is_current", ("is_current",), 0, 1, "1 for the plan in force", _is_current, False),
@@ -139,7 +141,6 @@ def _samples(given: _Given) -> FloatArray:
     """Time of the input at each sample's rate; at the tuned rate where there is none."""
     input_s = given.slots.reference_bytes * 8.0 / np.maximum(given.state.bandwidth_bps[..., :NUM_SHOWN], 1.0)
     np.copyto(input_s, given.input_s[..., None], where=np.isnan(input_s))
-    input_s *= 1.0 / given.slots.reference_s
     return input_s.reshape(len(input_s), -1)
 
 
@@ -149,8 +150,7 @@ def _ages(given: _Given) -> FloatArray:
 
 def _backlog(given: _Given) -> FloatArray:
     """Time to drain the queue in front of each link."""
-    scale = 1.0 / (given.slots.reference_bytes * given.slots.reference_s)
-    return given.state.backlog_bytes * given.input_s * scale
+    return given.state.backlog_bytes * given.input_s * (1.0 / given.slots.reference_bytes)
 
 
 def _errors(given: _Given) -> FloatArray:
@@ -180,20 +180,20 @@ _REQUEST_COLUMNS = ("device_backlog", "uplink_backlog", "request_rate", "deadlin
 
 CONTEXT_FEATURES: tuple[Feature, ...] = (
     Feature("load_factor", _NODE_SLOTS, -3, 2, "k", lambda g: np.fmax(g.state.load_factor, 1.0), shows=_NODES),
-    Feature("queue_delay", _NODE_SLOTS, -3, 3, "q", lambda g: np.fmax(g.state.queue_delay_s, 0.0) * (1.0 / g.slots.reference_s), shows=_NODES),
+    Feature("queue_delay", _NODE_SLOTS, -3, 3, "q", lambda g: np.fmax(g.state.queue_delay_s, 0.0), shows=_NODES, is_time=True),
     Feature("queue_length", _NODE_SLOTS, -3, 3, "1 + requests that wait", lambda g: 1.0 + g.state.queue_length, shows=_NODES),
     Feature("node_age", _NODE_SLOTS, -3, 3, "seconds since it was heard of", lambda g: np.minimum(g.state.node_age_s, NEVER_S), shows=_NODES),
-    Feature("sample", _shown(_LINK_SLOTS), -3, 3, "time of the input at a measured rate; the tuned rate where there is none", _samples, shows=_SAMPLES),
+    Feature("sample", _shown(_LINK_SLOTS), -3, 3, "time of the input at a measured rate; the tuned rate where there is none", _samples, shows=_SAMPLES, is_time=True),
     Feature("sample_age", _shown(_LINK_SLOTS), -3, 3, "age of the sample in seconds", _ages, shows=_SAMPLES),
-    Feature("rate", _LINK_SLOTS, -3, 3, "time of the input at the tuned rate", lambda g: g.input_s * (1.0 / g.slots.reference_s), shows=_LINKS),
-    Feature("round_trip", _LINK_SLOTS, -3, 3, "round trip", lambda g: g.readings.rtt_s * (1.0 / g.slots.reference_s), shows=_LINKS),
-    Feature("backlog", _LINK_SLOTS, -3, 3, "time to drain the queue in front of the link", _backlog, shows=_LINKS),
+    Feature("rate", _LINK_SLOTS, -3, 3, "time of the input at the tuned rate", lambda g: g.input_s, shows=_LINKS, is_time=True),
+    Feature("round_trip", _LINK_SLOTS, -3, 3, "round trip", lambda g: g.readings.rtt_s, shows=_LINKS, is_time=True),
+    Feature("backlog", _LINK_SLOTS, -3, 3, "time to drain the queue in front of the link", _backlog, shows=_LINKS, is_time=True),
     Feature("errors", tuple(f"{n}" for n in range(NUM_ERRORS)), -2, 2, "measured / predicted, newest first; 1 unknown", _errors),
     Feature("request", _REQUEST_COLUMNS, -3, 3, "work and bytes that wait, requests per reference time, deadline, input", _request),
-    Feature("node_present", _NODE_SLOTS, 0, 1, "1 if there is such a node", lambda g: np.ones_like(g.state.node_age_s), False, _NODES),
-    Feature("node_up", _NODE_SLOTS, 0, 1, "1 if it is up", lambda g: g.state.is_up, False, _NODES),
-    Feature("utilisation", _NODE_SLOTS, 0, 1, "share of time busy; 0 unknown", lambda g: np.fmax(g.state.utilisation_frac, 0.0), False, _NODES),
-    Feature("link_present", _LINK_SLOTS, 0, 1, "1 if there is such a link", lambda g: np.ones_like(g.input_s), False, _LINKS),
+    Feature("node_present", _NODE_SLOTS, 0, 1, "1 if there is such a node", lambda g: np.ones_like(g.state.node_age_s), False, shows=_NODES),
+    Feature("node_up", _NODE_SLOTS, 0, 1, "1 if it is up", lambda g: g.state.is_up, False, shows=_NODES),
+    Feature("utilisation", _NODE_SLOTS, 0, 1, "share of time busy; 0 unknown", lambda g: np.fmax(g.state.utilisation_frac, 0.0), False, shows=_NODES),
+    Feature("link_present", _LINK_SLOTS, 0, 1, "1 if there is such a link", lambda g: np.ones_like(g.input_s), False, shows=_LINKS),
 )  # fmt: skip
 """The columns of `context`, in order."""
 
@@ -249,6 +249,10 @@ class FeatureEncoder:
         self.layout: Layout = self.candidates.costs.layout
         self._slots = _find_slots(problem, self.candidates)
         self._by_id = {id(plan): index for plan, index in self.candidates.index.items()}
+        self._scales = (
+            _scale(CANDIDATE_FEATURES, self.reference_s, NUM_CANDIDATES),
+            _scale(CONTEXT_FEATURES, self.reference_s, 1),
+        )
         self._context = _Gather.of(self._slots, self.layout)
 
     @property
@@ -297,8 +301,8 @@ class FeatureEncoder:
         for start, stop, encode in _CANDIDATE_ROWS:
             rows[..., start:stop] = encode(given)
         return Features(
-            candidates=_CANDIDATE_TABLE.show(rows),
-            context=_CONTEXT_TABLE.show(self._context.take(given)),
+            candidates=_CANDIDATE_TABLE.show(rows, self._scales[0]),
+            context=_CONTEXT_TABLE.show(self._context.take(given), self._scales[1]),
             mask=penalty <= penalty.min(axis=1, keepdims=True),
         )
 
@@ -332,18 +336,25 @@ class _Table:
         low, high = (np.tile(bound, repeat).astype(np.float32) for bound in _bounds(features))
         return cls(sum(len(row.columns) for row in features if row.is_log), low, high)
 
-    def show(self, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Take the logarithms and clip, in place; shape (..., columns), contiguous."""
+    def show(self, numbers: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Scale, take the logarithms and clip, in place; shape (..., columns), contiguous."""
+        flat = numbers.reshape(-1, len(self.low))
+        flat *= scale
         plain = numbers[..., self.num_logs :].copy()
         numbers[..., self.num_logs :] = 1.0
         numbers += _FLOOR
         np.log(numbers, out=numbers)
         numbers *= _PER_DECADE
         numbers[..., self.num_logs :] = plain
-        flat = numbers.reshape(-1, len(self.low))
         np.maximum(flat, self.low, out=flat)
         np.minimum(flat, self.high, out=flat)
         return numbers
+
+
+def _scale(features: tuple[Feature, ...], reference_s: float, repeat: int) -> npt.NDArray[np.float32]:
+    """What every column is multiplied with to be in units of the reference."""
+    scale = [1.0 / reference_s if row.is_time else 1.0 for row in features for _ in row.columns]
+    return np.tile(np.array(scale, dtype=np.float32), repeat)
 
 
 _UNKNOWN = np.full((1, NUM_CANDIDATES), 0.5)
