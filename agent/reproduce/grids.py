@@ -76,7 +76,9 @@ class LoadpartGrid:
         "torchvision:resnet50",
         "timm:xception",
     )
+    """The recalled six."""
     levels: tuple[Level, ...] = LEVELS
+    """Loads of the server."""
     rates_bps: tuple[float, ...] = (4e6, 8e6, 16e6, 32e6)
     """Both directions of the only link. Octaves around the recalled default of 8 Mbps, within the recalled 1 to 64."""
     rules: tuple[str, ...] = ("edge-only", "neurosurgeon", "neurosurgeon-k", "dads-light", "loadpart", "device-only")
@@ -84,9 +86,11 @@ class LoadpartGrid:
     repeat: int = 3
     """Requests that count, per rule and cell."""
     encoded_levels: tuple[str, ...] = ("0", "90", "100h")
+    """Levels at which the same is also sent encoded."""
     encoded_rates_bps: tuple[float, ...] = (8e6,)
     """The same with a photograph as its camera wrote it, in fewer cells."""
     device: str = "rpi4"
+    """Preset."""
     server: str = "gpu"
     """Presets; the server is the only edge node."""
 
@@ -102,6 +106,7 @@ class D3Grid:
         "timm:darknet53",
         "timm:inception_v4",
     )
+    """The recalled five."""
     chains: tuple[str, ...] = ("torchvision:alexnet", "torchvision:vgg16")
     """Where Neurosurgeon is compared with, as in the paper."""
     networks: tuple[Network, ...] = (
@@ -113,6 +118,7 @@ class D3Grid:
     """Recalled with little confidence. Guess: device - cloud over the optical backbone, which is not recalled, is to
     edge - cloud as in the geometric mean of the other three (0.513)."""
     device_edge_bps: float = 84.95e6
+    """Recalled with little confidence: 5 GHz Wi-Fi."""
     rules: tuple[str, ...] = (
         "cloud-only",
         "edge-only",
@@ -123,11 +129,17 @@ class D3Grid:
         "planner",
         "device-only",
     )
+    """In the order in which they take turns."""
     repeat: int = 10
+    """Requests that count, per rule and cell."""
     encoded_networks: tuple[str, ...] = ("wifi",)
+    """Networks over which the same is also sent encoded."""
     device: str = "rpi4"
+    """Preset."""
     edge: str = "desktop"
+    """Preset."""
     cloud: str = "gpu"
+    """Preset."""
 
 
 Grid = LoadpartGrid | D3Grid
