@@ -47,7 +47,7 @@ class Twin:
 
         Args:
             num_lanes: environments side by side.
-            num_requests: most that a world may hold for each client.
+            num_requests: most that a world may hold for each client; the last of them is only seen.
         """
         self.num_lanes = num_lanes
         self.num_requests = num_requests
@@ -163,7 +163,8 @@ class Twin:
         """Start the request at hand in some lanes, each under the plan of its row, and go on to the next.
 
         Returns:
-            Where there is no next one, and every request of the agent has ended.
+            Where the next one is the world's last: it is not started any more, and every other of the agent's requests
+            has ended.
         """
         is_over = np.zeros(len(lanes), dtype=np.bool_)
         run.step_lanes(self._world, self._plans, self._lanes, self._states, lanes, rows, is_over)

@@ -491,7 +491,9 @@ def _probe_links(w: World, r: Plans, s: Lane, client: int) -> None:
 
 @compiled
 def _advance(w: World, r: Plans, s: Lane, x: State, other: State, is_planned: bool) -> bool:
-    """Go on to the next arrival of client 0, or to the end when there is none.
+    """Go on to the next arrival of client 0; at its last one, until all its earlier requests have ended.
+
+    The last arrival is never started: it is there to be seen, so that an episode ends with a state to value.
 
     Args:
         w: the lane's world.
@@ -502,8 +504,9 @@ def _advance(w: World, r: Plans, s: Lane, x: State, other: State, is_planned: bo
         is_planned: the planner decides for client 0 too, until the end.
 
     Returns:
-        True when client 0 has no more requests and all have ended.
+        True when client 0's last request has come and all earlier ones have ended.
     """
+    is_last = False
     while True:
         at = earliest(s)
         at_s, kind, what = s.event_s[at], s.event_kind[at], s.event_id[at]
@@ -512,17 +515,19 @@ def _advance(w: World, r: Plans, s: Lane, x: State, other: State, is_planned: bo
         if not is_valid:
             continue
         s.now_s = at_s
-        if kind == ARRIVAL:
-            if what == 0 and not is_planned:
-                read_state(w, r, s, x, ZERO)
-                weigh(r, x)
+        if kind != ARRIVAL:
+            _handle(w, r, s, kind, what)
+        elif what == 0 and (not is_planned or s.next_request[0] + 1 == r.num_requests):
+            read_state(w, r, s, x, ZERO)
+            weigh(r, x)
+            is_last = s.next_request[0] + 1 == r.num_requests
+            if not is_last:
                 return False
+        elif s.next_request[what] < r.num_requests:
             read_state(w, r, s, other, what)
             row = weigh(r, other)
             submit(w, r, s, what, row, other.total_s[row])
-        else:
-            _handle(w, r, s, kind, what)
-        if s.next_request[0] >= r.num_requests and not _has_requests(s):
+        if is_last and not _has_requests(s):
             return True
 
 
@@ -538,12 +543,10 @@ Array = Any
 
 
 @entry
-def step_lanes(
-    w: World, plans: Array, lanes: Array, states: Array, chosen: Array, rows: Array, is_over: Array
-) -> None:
+def step_lanes(w: World, plans: Array, lanes: Array, states: Array, chosen: Array, rows: Array, is_over: Array) -> None:
     """Submit client 0's request in the chosen lanes under the plans of `rows`, and go on to the next.
 
-    `is_over` tells where there is none. Arrays have the lanes first; the last state is for the other clients.
+    `is_over` tells where that was the last. Arrays have the lanes first; the last state is for the other clients.
     """
     for at in range(len(chosen)):
         b = chosen[at]
@@ -551,9 +554,7 @@ def step_lanes(
         r, s, x = plans[b], lanes[b], states[b]
         s.done_count = 0
         submit(world, r, s, ZERO, rows[at], x.total_s[rows[at]])
-        is_over[at] = s.next_request[0] >= r.num_requests and not _has_requests(s)
-        if not is_over[at]:
-            is_over[at] = _advance(world, r, s, x, states[-1], NO)
+        is_over[at] = _advance(world, r, s, x, states[-1], NO)
 
 
 @entry
