@@ -10,21 +10,24 @@ from env.scenario import Scenario
 from env.site import Site
 from env.spaces import Observation, blank_observations, put_features
 from env.traces import FloatArray
-from env.twin import OUTCOMES, BoolArray, IntArray, Twin
+from env.twin import BoolArray, IntArray, Twin
 from runtime.planning.candidates import NUM_CANDIDATES
 from runtime.planning.features import FeatureEncoder
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A request that ended."""
+    """Requests that ended in a step, side by side."""
 
-    number: int
-    """Of its arrival in the episode: step `number` decided on it."""
-    latency_s: float  # inf: never answered
-    term: float
-    """What it adds to the reward."""
-    outcome: str  # one of `env.twin.OUTCOMES`
+    lane: IntArray  # (M,) place among the lanes that were stepped
+    number: IntArray  # (M,) of the arrival in the episode: step `number` decided on it
+    latency_s: FloatArray  # (M,) inf: never answered
+    term: FloatArray  # (M,) what each adds to the reward
+    outcome: IntArray  # (M,) code in `env.twin.OUTCOMES`
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.lane)
 
 
 class Episodes:
@@ -41,6 +44,8 @@ class Episodes:
         self.num_requests = num_requests
         self._twin = Twin(num_lanes, num_requests + 1)
         self._encoders = [FeatureEncoder(site.problem) for site in self.sites]
+        self._num_plans = np.array([site.candidates.num_plans for site in self.sites])
+        self._scale_s = np.array([encoder.reference_s for encoder in self._encoders])
         self._site_of = np.zeros(num_lanes, dtype=np.int64)
         self._scenario_of = np.zeros(num_lanes, dtype=np.int64)
         self._reference_s = np.zeros((num_lanes, num_requests + 1))
@@ -58,33 +63,21 @@ class Episodes:
         self._twin.begin(lanes)
         self._observe(lanes)
 
-    def step(self, lanes: IntArray, actions: IntArray) -> tuple[FloatArray, BoolArray, list[list[Completed]]]:
+    def step(self, lanes: IntArray, actions: IntArray) -> tuple[FloatArray, BoolArray, Completed]:
         """Decide on the request at hand in each of some lanes.
 
         Returns:
             Rewards, where the episode is over, and the requests that ended.
         """
-        counts = np.array([site.candidates.num_plans for site in self.sites])[self._site_of[lanes]]
-        rows = np.where(actions < counts, actions, 0)  # padding repeats the first plan
-        is_over = self._twin.step(lanes, rows)
+        rows = np.where(actions < self._num_plans[self._site_of[lanes]], actions, 0)  # padding repeats the first plan
+        is_over, (place, number) = self._twin.step(lanes, rows)
         self._observe(lanes)
-        completed = [self._complete(lane) for lane in lanes.tolist()]
-        rewards = np.array([sum(c.term for c in of_lane) for of_lane in completed])
-        return rewards, is_over, completed
-
-    def _complete(self, lane: int) -> list[Completed]:
-        numbers = self._twin.completed(lane)
-        if not len(numbers):
-            return []
-        latency_s, deadline_s, outcomes = self._twin.requests(lane, numbers)
-        scale_s = self._encoders[self._site_of[lane]].reference_s
-        terms = reward_terms(latency_s, deadline_s, self._reference_s[lane, numbers], scale_s)
-        return [
-            Completed(number, latency, term, OUTCOMES[int(code)])
-            for number, latency, term, code in zip(
-                numbers.tolist(), latency_s.tolist(), terms.tolist(), outcomes.tolist(), strict=True
-            )
-        ]
+        ended = lanes[place]
+        latency_s, deadline_s, outcome = self._twin.requests(ended, number)
+        scale_s = self._scale_s[self._site_of[ended]]
+        terms = reward_terms(latency_s, deadline_s, self._reference_s[ended, number], scale_s)
+        rewards = np.bincount(place, weights=terms, minlength=len(lanes))
+        return rewards, is_over, Completed(place.copy(), number.copy(), latency_s, terms, outcome)
 
     def _observe(self, lanes: IntArray) -> None:
         """Encode what the lanes' devices know, site by site: the encoder's arrays belong to one problem."""

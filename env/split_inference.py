@@ -13,6 +13,7 @@ from env.episodes import Episodes
 from env.scenario import Scenario, SyntheticScenario
 from env.site import Site
 from env.spaces import Observation, action_space, observation_space
+from env.twin import OUTCOMES
 from runtime.errors import ConfigError
 
 NUM_REQUESTS = 128
@@ -38,7 +39,8 @@ class SplitInferenceEnv(gymnasium.Env[Observation, np.int64]):
 
     ## Rewards
     The sum of the terms of the requests that *ended* since the last step (`env.reward`): at most those of the requests
-    sent so far. `info["completed"]` lists them as `env.episodes.Completed`.
+    sent so far. `info["completed"]` lists them: number (of the step that decided), latency in seconds, term; and
+    `info["outcomes"]` what became of each (`env.twin.OUTCOMES`).
 
     ## Starting state
     A site and a scenario drawn from those given; every link was probed once, every node that is up was heard of.
@@ -105,7 +107,9 @@ class SplitInferenceEnv(gymnasium.Env[Observation, np.int64]):
             raise gymnasium.error.InvalidAction(f"expected an action in [0, {self.action_space.n}), got {action}")
         rewards, is_over, completed = self._episodes.step(_LANE, np.array([action], dtype=np.int64))
         self._is_running = not is_over[0]
-        info = {**self._episodes.describe(0), "completed": completed[0]}
+        ended = zip(completed.number.tolist(), completed.latency_s.tolist(), completed.term.tolist(), strict=True)
+        info = {**self._episodes.describe(0), "completed": list(ended)}
+        info["outcomes"] = [OUTCOMES[code] for code in completed.outcome]
         return self._observation(), float(rewards[0]), False, bool(is_over[0]), info
 
     def action_masks(self) -> "np.typing.NDArray[np.bool_]":

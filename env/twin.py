@@ -6,6 +6,7 @@ probe is a transfer of its bytes; a node that is lost is up again with its next 
 """
 
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,11 @@ _ROW_FIELDS = (
 )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
+def _layers(plan: Plan, tier: Tier, entry: int) -> tuple[int, ...]:
+    return tuple(i for i in range(entry, len(plan.tiers)) if plan.tiers[i] is tier)
+
+
 class Twin:
     """Lanes side by side: a site and a world each. A lane's number is its place in every array."""
 
@@ -59,6 +65,7 @@ class Twin:
         self._plans = make_records(layout.PLANS, num_lanes)
         self._lanes = make_records(layout.LANE, num_lanes)
         self._states = make_records(layout.STATE, num_lanes + 1)
+        self._ended = np.zeros((2, num_lanes * num_requests), dtype=np.int64)
         self._sites: list[Site | None] = [None] * num_lanes
         self._segments: list[dict[tuple[int, tuple[int, ...]], int]] = [{} for _ in range(num_lanes)]
         self._extra: list[int] = [0] * num_lanes
@@ -130,12 +137,8 @@ class Twin:
         slot = site.candidates.costs.layout.node_slot
         cloud = site.problem.deployment.cloud
         names = {Tier.DEVICE: DEVICE_NODE, Tier.EDGE: plan.head, Tier.CLOUD: None if cloud is None else cloud.name}
-        numbers = []
-        for tier in Tier:
-            layers = tuple(i for i in range(site.problem.entry, len(plan.tiers)) if plan.tiers[i] is tier)
-            key = (slot.get(names[tier] or "", 0), layers)
-            numbers.append(known.setdefault(key, min(len(known), 3 * ROWS - 1)))
-        return numbers
+        keys = ((slot.get(names[tier] or "", 0), _layers(plan, tier, site.problem.entry)) for tier in Tier)
+        return [known.setdefault(key, min(len(known), 3 * ROWS - 1)) for key in keys]
 
     def add_plan(self, lane: int, plan: Plan) -> int:
         """Give any legal plan a row, so that it can be chosen as the candidates are.
@@ -159,16 +162,18 @@ class Twin:
         """Start lanes over: each stands at its first request."""
         run.begin_lanes(self._world, self._plans, self._lanes, self._states, lanes)
 
-    def step(self, lanes: IntArray, rows: IntArray) -> BoolArray:
+    def step(self, lanes: IntArray, rows: IntArray) -> tuple[BoolArray, IntArray]:
         """Start the request at hand in some lanes, each under the plan of its row, and go on to the next.
 
         Returns:
             Where the next one is the world's last: it is not started any more, and every other of the agent's requests
-            has ended.
+            has ended. And the requests that ended, shape (2, number): place in `lanes`, number in the episode.
         """
         is_over = np.zeros(len(lanes), dtype=np.bool_)
-        run.step_lanes(self._world, self._plans, self._lanes, self._states, lanes, rows, is_over)
-        return is_over
+        count = run.step_lanes(
+            self._world, self._plans, self._lanes, self._states, lanes, rows, is_over, self._ended
+        )
+        return is_over, self._ended[:, :count]
 
     def plan(self, lanes: IntArray) -> FloatArray:
         """Run the planner through whole episodes: latency of every request, shape (lanes, R). `begin` starts over."""
@@ -176,16 +181,11 @@ class Twin:
         latency_s: FloatArray = self._world.requests[lanes, 0, layout.LATENCY]
         return latency_s
 
-    def completed(self, lane: int) -> IntArray:
-        """Numbers of the requests that ended in the last step."""
-        count = self._lanes[lane].done_count
-        done: IntArray = self._world.requests[lane, 0, layout.DONE, :count].astype(np.int64)
-        return done
-
-    def requests(self, lane: int, numbers: IntArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def requests(self, lanes: IntArray, numbers: IntArray) -> tuple[FloatArray, FloatArray, IntArray]:
         """Latency (NaN while under way, inf without an answer), deadline and outcome code of some requests."""
-        table = self._world.requests[lane, 0][:, numbers]
-        return table[layout.LATENCY], table[layout.DEADLINE], table[layout.OUTCOME]
+        table = self._world.requests[lanes, 0, layout.DEADLINE :, numbers]
+        outcomes = table[:, layout.OUTCOME - layout.DEADLINE].astype(np.int64)
+        return table[:, layout.LATENCY - layout.DEADLINE], table[:, 0], outcomes
 
     def now_s(self, lane: int) -> float:
         """Instant at which a lane stands."""

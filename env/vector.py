@@ -21,7 +21,9 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
 
     An episode that ends is replaced in the same step: `infos["final_obs"]` and `infos["final_info"]` hold its end, as
     gymnasium's same-step mode has it. With `staggered` the first episodes end at different steps, so that a learner
-    never sees all of them at the same age.
+    never sees all of them at the same age; what is under way at such a cut is not waited for.
+
+    `infos["completed"]` holds the requests that ended in the step, of all environments (`env.episodes.Completed`).
 
     Args:
         num_envs: how many.
@@ -105,7 +107,7 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
         rewards, is_over, completed = self._episodes.step(self._lanes, np.asarray(actions, dtype=np.int64))
         self._ages += 1
         is_over = is_over | (self._ages >= self._episodes.num_requests)
-        infos: dict[str, Any] = {"completed": _objects(completed), "_completed": np.ones(self.num_envs, dtype=np.bool_)}
+        infos: dict[str, Any] = {"completed": completed}
         ended = self._lanes[is_over]
         if len(ended):
             final = self._copy()
@@ -113,8 +115,7 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
             for lane in ended.tolist():
                 finals[lane] = {name: rows[lane] for name, rows in final.items()}
             infos["final_obs"], infos["_final_obs"] = _objects(finals), is_over.copy()
-            infos["final_info"] = {"completed": infos["completed"], "_completed": is_over.copy()}
-            infos["_final_info"] = is_over.copy()
+            infos["final_info"], infos["_final_info"] = {}, is_over.copy()
             self._start(ended)
             self._ages[ended] = 0
         return self._copy(), rewards, np.zeros(self.num_envs, dtype=np.bool_), is_over, infos
@@ -138,7 +139,5 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
 def _objects(values: list[Any]) -> npt.NDArray[Any]:
     """Put anything into an array of objects, one each."""
     out = np.empty(len(values), dtype=object)
-    out[:] = values if not values or not isinstance(values[0], list) else [None] * len(values)
-    for at, value in enumerate(values):
-        out[at] = value
+    out[:] = values
     return out

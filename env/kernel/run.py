@@ -543,11 +543,15 @@ Array = Any
 
 
 @entry
-def step_lanes(w: World, plans: Array, lanes: Array, states: Array, chosen: Array, rows: Array, is_over: Array) -> None:
+def step_lanes(
+    w: World, plans: Array, lanes: Array, states: Array, chosen: Array, rows: Array, is_over: Array, ended: Array
+) -> int:
     """Submit client 0's request in the chosen lanes under the plans of `rows`, and go on to the next.
 
-    `is_over` tells where that was the last. Arrays have the lanes first; the last state is for the other clients.
+    `is_over` tells where that was the last; `ended` takes the place in `chosen` and the number of each request that
+    ended, as many as are returned. Arrays have the lanes first; the last state is for the other clients.
     """
+    num_ended = 0
     for at in range(len(chosen)):
         b = chosen[at]
         world = World(w.grid[b], w.background[b], w.requests[b])
@@ -555,6 +559,10 @@ def step_lanes(w: World, plans: Array, lanes: Array, states: Array, chosen: Arra
         s.done_count = 0
         submit(world, r, s, ZERO, rows[at], x.total_s[rows[at]])
         is_over[at] = _advance(world, r, s, x, states[-1], NO)
+        for index in range(s.done_count):
+            ended[0, num_ended], ended[1, num_ended] = at, int(world.requests[0, DONE, index])
+            num_ended += 1
+    return num_ended
 
 
 @entry
