@@ -125,7 +125,9 @@ def _paths(
         )
     else:
         knots = stream(seed, _PATH, BACKBONE).standard_normal(round(MAX_STEPS * GRID_S / _BACKBONE_S) + 1)
-        wobble = np.exp(_BACKBONE_SIGMA * np.interp(np.linspace(0, len(knots) - 1, MAX_STEPS), range(len(knots)), knots))
+        wobble = np.exp(
+            _BACKBONE_SIGMA * np.interp(np.linspace(0, len(knots) - 1, MAX_STEPS), range(len(knots)), knots)
+        )
     rate_bps[BACKBONE] = log_uniform(rng, ranges.backbone_bps) * wobble
     rtt_s[BACKBONE] = log_uniform(rng, ranges.backbone_rtt_s)
     rate_bps[PEERS], rtt_s[PEERS] = _PEER_BPS, _PEER_RTT_S

@@ -84,10 +84,11 @@ class Episodes:
         of_lanes = self._site_of[lanes]
         for at in np.unique(of_lanes).tolist():
             rows = lanes[of_lanes == at]
-            records = self._twin.states(rows)
-            current = np.where(records["current"] < NUM_CANDIDATES, records["current"], -1)
+            current = self._twin.known("current", rows)
             features = self._encoders[at].encode(
-                self._twin.state_arrays(self.sites[at], rows), current=current, warm=records["warm"][:, :NUM_CANDIDATES]
+                self._twin.state_arrays(self.sites[at], rows),
+                current=np.where(current < NUM_CANDIDATES, current, -1),
+                warm=self._twin.known("warm", rows)[:, :NUM_CANDIDATES],
             )
             put_features(self._observations, rows, features)
 

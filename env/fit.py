@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from env.families import NUM_QUANTILES, Family, save_families
-from env.traces import FloatArray, on_grid, read_loads, read_networks, trace_files
+from env.traces import FloatArray, read_loads, read_networks, trace_files
 
 LAGS_S = (0.2, 1.0, 2.0, 5.0, 10.0, 20.0)
 _FAST_S = (0.1, 0.2, 0.35, 0.6, 1.0, 1.6, 2.5, 4.0)

@@ -8,7 +8,9 @@ EXCESS_WEIGHT = 0.1
 EXCESS_MAX = 5.0
 
 
-def reward_terms(latency_s: FloatArray, deadline_s: FloatArray, reference_s: FloatArray, scale_s: FloatArray) -> FloatArray:
+def reward_terms(
+    latency_s: FloatArray, deadline_s: FloatArray, reference_s: FloatArray, scale_s: FloatArray
+) -> FloatArray:
     """Weigh requests that ended: -log(l / l_ref) - 0.1 min((l - l_ref) / scale, 5).
 
     The logarithm makes shares count alike for every model; the second part makes long waits count in the mean.

@@ -65,6 +65,7 @@ class Twin:
         self._plans = make_records(layout.PLANS, num_lanes)
         self._lanes = make_records(layout.LANE, num_lanes)
         self._states = make_records(layout.STATE, num_lanes + 1)
+        self._known = self._states.view(np.ndarray)  # reads a field ten times as fast
         self._ended = np.zeros((2, num_lanes * num_requests), dtype=np.int64)
         self._sites: list[Site | None] = [None] * num_lanes
         self._segments: list[dict[tuple[int, tuple[int, ...]], int]] = [{} for _ in range(num_lanes)]
@@ -170,9 +171,7 @@ class Twin:
             has ended. And the requests that ended, shape (2, number): place in `lanes`, number in the episode.
         """
         is_over = np.zeros(len(lanes), dtype=np.bool_)
-        count = run.step_lanes(
-            self._world, self._plans, self._lanes, self._states, lanes, rows, is_over, self._ended
-        )
+        count = run.step_lanes(self._world, self._plans, self._lanes, self._states, lanes, rows, is_over, self._ended)
         return is_over, self._ended[:, :count]
 
     def plan(self, lanes: IntArray) -> FloatArray:
@@ -191,16 +190,16 @@ class Twin:
         """Instant at which a lane stands."""
         return float(self._lanes[lane].now_s)
 
-    def states(self, lanes: IntArray) -> Any:
-        """Records of what the devices know at the requests at hand (`env.kernel.layout.STATE`)."""
-        return self._states[lanes]
+    def known(self, name: str, lanes: IntArray) -> Any:
+        """One field of what the devices know at the requests at hand (`env.kernel.layout.STATE`)."""
+        return self._known[name][lanes]
 
     def state_arrays(self, site: Site, lanes: IntArray) -> StateArrays:
         """What the devices of some lanes of one site know at the requests at hand."""
-        slots, records = site.candidates.costs.layout, self._states[lanes]
+        slots = site.candidates.costs.layout
         columns = []
         for name in _STATE_FIELDS:
-            array = records[name]
+            array = self._known[name][lanes]
             if array.ndim > 1 and name != "recent_errors":
                 array = array[:, : len(slots.nodes) if array.shape[1] == NODES else len(slots.links)]
             columns.append(array)

@@ -191,7 +191,7 @@ def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
 
 @compiled
 def load_factor(s: Lane, node: int, at_s: float) -> float:
-    """k as `runtime.node.load.NodeLoad` has it: mean ratio of the last segments that ended in the window."""
+    """K as `runtime.node.load.NodeLoad` has it: mean ratio of the last segments that ended in the window."""
     total, count = 0.0, 0
     jobs = s.node_jobs[node]
     for back in range(1, min(jobs, RING) + 1):

@@ -1,8 +1,8 @@
 """A lane's life: begin, requests that come, what follows from each event, and how requests end.
 
-    arrive -> device share -> link -> head -> link -> cloud -> link -> (head passes on) -> link -> end
-                 |             |        |                                                   |
-                 +-------------+--------+--> completed on the device --------------------> end
+arrive -> device share -> link -> head -> link -> cloud -> link -> (head passes on) -> link -> end
+             |             |        |                                                   |
+             +-------------+--------+--> completed on the device --------------------> end
 """
 
 import math
@@ -12,13 +12,34 @@ from env.kernel import device as dev
 from env.kernel import links, nodes
 from env.kernel.compiled import NO, YES, ZERO, compiled, constants, entry
 from env.kernel.decide import read_state, weigh
-from env.kernel.device import LOCAL_NONE, LOCAL_QUEUED, LOCAL_RUNS, LOCAL_WANTED
+from env.kernel.device import LOCAL_NONE, LOCAL_WANTED
 from env.kernel.events import ARRIVAL, DELAY, DEVICE, GUARD, LINK, NODE, TICK, earliest, is_current, push, remove
 from env.kernel.layout import (
-    ARRIVES, CHOSEN, DEADLINE, DONE, DOWN, LATENCY, LINKS, METER, OUTCOME, SAMPLES, SLOTS, Lane, Plans, State, World,
+    ARRIVES,
+    CHOSEN,
+    DEADLINE,
+    DONE,
+    DOWN,
+    LATENCY,
+    LINKS,
+    METER,
+    OUTCOME,
+    SAMPLES,
+    SLOTS,
+    Lane,
+    Plans,
+    State,
+    World,
 )  # fmt: skip
 from env.kernel.links import (
-    DEVICE_QUEUE, DELAYED, DO_ARRIVE, DO_FAIL, DO_FINISH, DO_SEND, LINK_FLIGHT, LINK_QUEUE, NODE_QUEUE, NODE_RUN,
+    DELAYED,
+    DO_ARRIVE,
+    DO_FAIL,
+    DO_FINISH,
+    DO_SEND,
+    LINK_FLIGHT,
+    NODE_QUEUE,
+    NODE_RUN,
     NOWHERE,
 )  # fmt: skip
 
@@ -263,7 +284,7 @@ def _node_event(w: World, r: Plans, s: Lane, node: int) -> None:
         return
     slot = nodes.done(w, r, s, node)
     step = int(s.now_s / links.GRID_S) % w.grid.shape[1]
-    if (w.grid[DOWN + node, step] > 0.0):
+    if w.grid[DOWN + node, step] > 0.0:
         s.place[slot] = NOWHERE
     else:
         _leave_node(w, r, s, slot)
