@@ -60,7 +60,8 @@ class SyntheticScenario:
     @staticmethod
     def _load(rng: np.random.Generator, count: int) -> FloatArray:
         level = load_families()["servegen"].sample(rng, 1)[0]
-        return level * load_families()["azurellm2023"].sample(rng, count)
+        values: FloatArray = level * load_families()["azurellm2023"].sample(rng, count)
+        return values
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class TraceScenario:
 
     @cached_property
     def _read(self) -> tuple[list[_Recorded], list[_Recorded]]:
-        networks = [(t.starts_s, t.rates_bps, t.period_s) for t in read_networks(self._files[0])]
-        loads = [(t.starts_s, t.values, t.period_s) for t in read_loads(self._files[1])]
+        networks: list[_Recorded] = [(t.starts_s, t.rates_bps, t.period_s) for t in read_networks(self._files[0])]
+        loads: list[_Recorded] = [(t.starts_s, t.values, t.period_s) for t in read_loads(self._files[1])]
         return networks, loads
 
     def _bandwidth(self, rng: np.random.Generator, site: Site, count: int) -> FloatArray:

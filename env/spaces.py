@@ -1,6 +1,6 @@
 """Observation and action spaces, made from the one table in `runtime.planning.features`."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +25,14 @@ def action_space() -> spaces.Discrete[np.int64]:
     return spaces.Discrete(NUM_CANDIDATES)
 
 
-def observation_space() -> spaces.Dict:
+def observation_space() -> spaces.Space[Observation]:
     """`candidates` (K * F,): K rows of candidate features; `context` (G,); `mask` (K,): 1 where an action is allowed."""
-    return spaces.Dict(
-        {
-            "candidates": spaces.Box(_tile(CANDIDATE_LOW), _tile(CANDIDATE_HIGH), dtype=np.float32),
-            "context": spaces.Box(CONTEXT_LOW.astype(np.float32), CONTEXT_HIGH.astype(np.float32), dtype=np.float32),
-            "mask": spaces.Box(0, 1, (NUM_CANDIDATES,), dtype=np.int8),
-        }
-    )
+    parts: dict[str, spaces.Space[Any]] = {
+        "candidates": spaces.Box(_tile(CANDIDATE_LOW), _tile(CANDIDATE_HIGH), dtype=np.float32),
+        "context": spaces.Box(CONTEXT_LOW.astype(np.float32), CONTEXT_HIGH.astype(np.float32), dtype=np.float32),
+        "mask": spaces.Box(0, 1, (NUM_CANDIDATES,), dtype=np.int8),
+    }
+    return cast("spaces.Space[Observation]", spaces.Dict(parts))
 
 
 def _tile(bounds: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import numpy.typing as npt
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 
 from env.catalogue import make_sites
@@ -104,7 +105,7 @@ class SplitInferenceEnv(gymnasium.Env[Observation, np.int64]):
         if not self._is_running:
             raise ResetNeeded("expected a running episode, got none: call reset() before step(), and after truncation")
         if not self.action_space.contains(np.int64(action)):
-            raise gymnasium.error.InvalidAction(f"expected an action in [0, {self.action_space.n}), got {action}")
+            raise gymnasium.error.InvalidAction(f"expected an action in {self.action_space}, got {action}")
         rewards, is_over, completed = self._episodes.step(_LANE, np.array([action], dtype=np.int64))
         self._is_running = not is_over[0]
         ended = zip(completed.number.tolist(), completed.latency_s.tolist(), completed.term.tolist(), strict=True)
@@ -112,9 +113,10 @@ class SplitInferenceEnv(gymnasium.Env[Observation, np.int64]):
         info["outcomes"] = [OUTCOMES[code] for code in completed.outcome]
         return self._observation(), float(rewards[0]), False, bool(is_over[0]), info
 
-    def action_masks(self) -> "np.typing.NDArray[np.bool_]":
+    def action_masks(self) -> npt.NDArray[np.bool_]:
         """Which actions need no node that is down, shape (K,): what maskable learners ask for."""
-        return self._episodes.observations["mask"][0].astype(np.bool_)
+        allowed: npt.NDArray[np.bool_] = self._episodes.observations["mask"][0] > 0
+        return allowed
 
     def close(self) -> None:
         """End the environment; it cannot be used any more."""

@@ -66,6 +66,8 @@ class Twin:
         self._lanes = make_records(layout.LANE, num_lanes)
         self._states = make_records(layout.STATE, num_lanes + 1)
         self._known = self._states.view(np.ndarray)  # reads a field ten times as fast
+        self._blank_lane = run.blank_lane()
+        self._is_warm = np.zeros((num_lanes, 3 * ROWS), dtype=np.bool_)
         self._ended = np.zeros((2, num_lanes * num_requests), dtype=np.int64)
         self._sites: list[Site | None] = [None] * num_lanes
         self._segments: list[dict[tuple[int, tuple[int, ...]], int]] = [{} for _ in range(num_lanes)]
@@ -88,9 +90,8 @@ class Twin:
         plans = self._plans[lane]
         plans.padding[NUM_CANDIDATES:] = 1
         self._load_world(lane, world)
-        warm = self._lanes[lane].is_warm_at_start
-        warm[:] = False
-        warm[plans.segment[:NUM_CANDIDATES][world.is_warm].ravel()] = True
+        self._is_warm[lane] = False
+        self._is_warm[lane, plans.segment[:NUM_CANDIDATES][world.is_warm].ravel()] = True
 
     def _load_site(self, lane: int, site: Site) -> None:
         slots, plans = site.candidates.costs.layout, self._plans[lane]
@@ -161,7 +162,8 @@ class Twin:
 
     def begin(self, lanes: IntArray) -> None:
         """Start lanes over: each stands at its first request."""
-        run.begin_lanes(self._world, self._plans, self._lanes, self._states, lanes)
+        self._blank(lanes)
+        self._run(lanes, lanes, run.BEGIN)
 
     def step(self, lanes: IntArray, rows: IntArray) -> tuple[BoolArray, IntArray]:
         """Start the request at hand in some lanes, each under the plan of its row, and go on to the next.
@@ -170,15 +172,27 @@ class Twin:
             Where the next one is the world's last: it is not started any more, and every other of the agent's requests
             has ended. And the requests that ended, shape (2, number): place in `lanes`, number in the episode.
         """
-        is_over = np.zeros(len(lanes), dtype=np.bool_)
-        count = run.step_lanes(self._world, self._plans, self._lanes, self._states, lanes, rows, is_over, self._ended)
-        return is_over, self._ended[:, :count]
+        return self._run(lanes, rows, run.STEP)
 
     def plan(self, lanes: IntArray) -> FloatArray:
         """Run the planner through whole episodes: latency of every request, shape (lanes, R). `begin` starts over."""
-        run.plan_lanes(self._world, self._plans, self._lanes, self._states, lanes)
+        self._blank(lanes)
+        self._run(lanes, lanes, run.PLAN)
         latency_s: FloatArray = self._world.requests[lanes, 0, layout.LATENCY]
         return latency_s
+
+    def _blank(self, lanes: IntArray) -> None:
+        self._lanes[lanes] = self._blank_lane
+        self._lanes["is_warm"][lanes] = self._is_warm[lanes]
+        self._world.requests[lanes, 0, layout.LATENCY] = np.nan
+        self._world.requests[lanes, 0, layout.OUTCOME] = 0.0
+
+    def _run(self, lanes: IntArray, rows: IntArray, mode: int) -> tuple[BoolArray, IntArray]:
+        is_over = np.zeros(len(lanes), dtype=np.bool_)
+        count = run.run_lanes(
+            self._world, self._plans, self._lanes, self._states, lanes, rows, mode, is_over, self._ended
+        )
+        return is_over, self._ended[:, :count]
 
     def requests(self, lanes: IntArray, numbers: IntArray) -> tuple[FloatArray, FloatArray, IntArray]:
         """Latency (NaN while under way, inf without an answer), deadline and outcome code of some requests."""

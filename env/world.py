@@ -48,12 +48,12 @@ class World:
     @property
     def period_s(self) -> float:
         """After it the grid and the background start over."""
-        return self.rate_bps.shape[1] * GRID_S
+        return len(self.rate_bps[0]) * GRID_S
 
     @property
     def num_requests(self) -> int:
         """Requests of each client."""
-        return self.arrivals_s.shape[1]
+        return len(self.arrivals_s[0])
 
 
 def paths_of(layout: Layout, cloud: str | None) -> npt.NDArray[np.intp]:

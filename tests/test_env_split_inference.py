@@ -16,6 +16,8 @@ from env.vector import SplitInferenceVectorEnv
 from runtime.errors import ConfigError
 from runtime.planning.features import CANDIDATE_COLUMNS
 
+pytestmark = pytest.mark.timeout(600)  # the first use after a change of the dynamics compiles them
+
 SITES = make_sites(("random:2", "torchvision:alexnet"))
 TOTAL = CANDIDATE_COLUMNS.index("total:total")
 
@@ -33,7 +35,8 @@ def make(**kwargs):
 def test_env_obeys_gymnasium_with_warnings_as_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(make())
+        made = gymnasium.make("offcut/SplitInference-v0", sites=SITES, num_requests=12)
+        check_env(made.unwrapped)
 
 
 def test_import_is_light():

@@ -35,6 +35,8 @@ from tests.sites import (
     toy_site,
 )
 
+pytestmark = pytest.mark.timeout(600)  # the first use after a change of the dynamics compiles them
+
 LANE = np.zeros(1, dtype=np.int64)
 EDGE_ONLY, DEVICE_ONLY = Plan.split(3, 0, 3, edge_nodes=("edge0",)), Plan.split(3, 3, 3)
 AFTER_FIRST = Plan.split(3, 1, 3, edge_nodes=("edge0",))

@@ -24,22 +24,26 @@ def constants(count: int) -> tuple[int, ...]:
 
 
 (ZERO,) = constants(1)
-NO, YES = np.bool_(False), np.bool_(True)
+
+
+_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True}
+"""Never called from Python, so numba need not make them callable; its types do not know that option."""
 
 
 def compiled(function: Function) -> Function:
     """Compile a function that other compiled ones call, at the first call."""
-    return cast(Function, numba.njit(function, error_model="numpy", no_cpython_wrapper=True))
+    return cast(Function, numba.njit(function, **_INNER))
 
 
 def entry(function: Function) -> Function:
     """Compile a function that is called from Python, and keep the machine code on disk for the next process."""
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = before or _FOLDER
+    settings: Any = numba.config
+    before = settings.CACHE_DIR
+    settings.CACHE_DIR = before or _FOLDER
     try:
         return cast(Function, numba.njit(function, cache=True, error_model="numpy"))
     finally:
-        numba.config.CACHE_DIR = before
+        settings.CACHE_DIR = before
 
 
 def _cache_folder() -> str:

@@ -116,7 +116,7 @@ LANE = np.dtype(
     + _fields(_F, "heard_s known_k known_q_s known_length known_busy_frac cool_down_s retry_s", CLIENTS, NODES)
     + _fields(_I, "breaker failures", CLIENTS, NODES)
     + _fields(_B, "is_up", CLIENTS, NODES)
-    + _fields(_B, "is_warm is_warm_at_start", 3 * ROWS),
+    + _fields(_B, "is_warm", 3 * ROWS),
     align=True,
 )
 """Everything that changes during an episode."""

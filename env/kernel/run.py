@@ -10,7 +10,7 @@ from typing import Any
 
 from env.kernel import device as dev
 from env.kernel import links, nodes
-from env.kernel.compiled import NO, YES, ZERO, compiled, constants, entry
+from env.kernel.compiled import ZERO, compiled, constants, entry
 from env.kernel.decide import read_state, weigh
 from env.kernel.device import LOCAL_NONE, LOCAL_WANTED
 from env.kernel.events import ARRIVAL, DELAY, DEVICE, GUARD, LINK, NODE, TICK, earliest, is_current, push, remove
@@ -20,6 +20,7 @@ from env.kernel.layout import (
     DEADLINE,
     DONE,
     DOWN,
+    LANE,
     LATENCY,
     LINKS,
     METER,
@@ -30,6 +31,7 @@ from env.kernel.layout import (
     Plans,
     State,
     World,
+    make_records,
 )  # fmt: skip
 from env.kernel.links import (
     DELAYED,
@@ -42,6 +44,7 @@ from env.kernel.links import (
     NODE_RUN,
     NOWHERE,
 )  # fmt: skip
+from env.traces import GRID_S
 
 REMOTE, ON_DEVICE, LOCAL, FAILED = constants(5)[1:]
 """Outcomes: answered by a node, planned for the device alone, completed by the device instead, not at all."""
@@ -70,26 +73,8 @@ _CLOSED, _OPEN, _HALF_OPEN = range(3)
 
 
 @compiled
-def begin(w: World, r: Plans, s: Lane) -> None:
-    """Set a lane to time 0: nothing under way, every link probed once, every node heard of, all as the world has it."""
-    s.now_s = 0.0
-    s.sequence, s.event_count, s.tick_count, s.done_count, s.top = 0, 0, 0, 0, 0
-    s.next_request[:] = 0
-    s.is_active[:] = False
-    s.device_slot[:] = -1
-    s.link_slot[:] = -1
-    s.meter_count[:] = 0
-    s.node_slot[:] = -1
-    s.node_free_s[:], s.node_busy_s[:] = 0.0, 0.0
-    s.node_bg[:], s.node_jobs[:] = 0, 0
-    s.tick_busy_s[:] = 0.0
-    s.heard_s[:] = -math.inf
-    s.known_k[:], s.known_q_s[:], s.known_length[:], s.known_busy_frac[:] = math.nan, math.nan, 0.0, math.nan
-    s.is_up[:] = False
-    s.breaker[:], s.failures[:], s.cool_down_s[:], s.retry_s[:] = _CLOSED, 0, COOL_DOWN_S, math.inf
-    s.in_force[:], s.error_count[:] = -1, 0
-    w.requests[0, LATENCY], w.requests[0, OUTCOME], w.requests[0, CHOSEN] = math.nan, 0.0, -1.0
-    s.is_warm[:] = s.is_warm_at_start
+def _begin(w: World, r: Plans, s: Lane) -> None:
+    """Set a blank lane to time 0: every link has been probed once, every node heard of, as the world has it."""
     for client in range(r.num_clients):
         push(s, w.requests[client, ARRIVES, 0], ARRIVAL, client, ZERO)
         for link in range(r.num_links):
@@ -283,7 +268,7 @@ def _node_event(w: World, r: Plans, s: Lane, node: int) -> None:
             _refuse(w, r, s, late)
         return
     slot = nodes.done(w, r, s, node)
-    step = int(s.now_s / links.GRID_S) % w.grid.shape[1]
+    step = int(s.now_s / GRID_S) % w.grid.shape[1]
     if w.grid[DOWN + node, step] > 0.0:
         s.place[slot] = NOWHERE
     else:
@@ -414,7 +399,7 @@ def _unanswered(s: Lane, client: int, node: int) -> None:
 def _tick(w: World, r: Plans, s: Lane) -> None:
     """Twice a second: statuses arrive, silence is noticed, links that were not used are probed."""
     now_s = s.now_s
-    step = int(now_s / links.GRID_S) % w.grid.shape[1]
+    step = int(now_s / GRID_S) % w.grid.shape[1]
     for node in range(1, r.num_nodes):
         length = nodes.queue_length(w, r, s, node, now_s)
         k, q_s = nodes.load_factor(s, node, now_s), nodes.queue_delay_s(s, node, now_s)
@@ -561,16 +546,37 @@ def _has_requests(s: Lane) -> bool:
 
 
 Array = Any
+STEP, BEGIN, PLAN = constants(3)
 
 
 @entry
-def step_lanes(
-    w: World, plans: Array, lanes: Array, states: Array, chosen: Array, rows: Array, is_over: Array, ended: Array
+def run_lanes(
+    w: World,
+    plans: Array,
+    lanes: Array,
+    states: Array,
+    chosen: Array,
+    rows: Array,
+    mode: int,
+    is_over: Array,
+    ended: Array,
 ) -> int:
-    """Submit client 0's request in the chosen lanes under the plans of `rows`, and go on to the next.
+    """Run the chosen lanes. One function for all, so that everything is compiled once.
 
-    `is_over` tells where that was the last; `ended` takes the place in `chosen` and the number of each request that
-    ended, as many as are returned. Arrays have the lanes first; the last state is for the other clients.
+    Args:
+        w: worlds; arrays here have the lanes first.
+        plans: records of `PLANS`.
+        lanes: records of `LANE`; blank ones unless the mode is `STEP`.
+        states: records of `STATE`, one more than lanes: the last is for the other clients.
+        chosen: numbers of the lanes.
+        rows: plan of client 0's request at hand, for `STEP`.
+        mode: `STEP`: submit that request and go on to the next; `BEGIN`: go to the first; `PLAN`: run the whole
+            episode, the planner deciding for every client.
+        is_over: takes where the request now at hand is the last.
+        ended: takes the place in `chosen` and the number of each of client 0's requests that ended.
+
+    Returns:
+        How many ended.
     """
     num_ended = 0
     for at in range(len(chosen)):
@@ -578,27 +584,23 @@ def step_lanes(
         world = World(w.grid[b], w.background[b], w.requests[b])
         r, s, x = plans[b], lanes[b], states[b]
         s.done_count = 0
-        submit(world, r, s, ZERO, rows[at], x.total_s[rows[at]])
-        is_over[at] = _advance(world, r, s, x, states[-1], NO)
+        if mode == STEP:
+            submit(world, r, s, ZERO, rows[at], x.total_s[rows[at]])
+        else:
+            _begin(world, r, s)
+        is_over[at] = _advance(world, r, s, x, states[-1], mode == PLAN)
         for index in range(s.done_count):
             ended[0, num_ended], ended[1, num_ended] = at, int(world.requests[0, DONE, index])
             num_ended += 1
     return num_ended
 
 
-@entry
-def begin_lanes(w: World, plans: Array, lanes: Array, states: Array, chosen: Array) -> None:
-    """Begin lanes and go on to the first request of client 0."""
-    for b in chosen:
-        world = World(w.grid[b], w.background[b], w.requests[b])
-        begin(world, plans[b], lanes[b])
-        _advance(world, plans[b], lanes[b], states[b], states[-1], NO)
-
-
-@entry
-def plan_lanes(w: World, plans: Array, lanes: Array, states: Array, chosen: Array) -> None:
-    """Run whole episodes in which the planner decides for every client; `LATENCY` then holds the reference."""
-    for b in chosen:
-        world = World(w.grid[b], w.background[b], w.requests[b])
-        begin(world, plans[b], lanes[b])
-        _advance(world, plans[b], lanes[b], states[b], states[-1], YES)
+def blank_lane() -> Lane:
+    """A lane before anything has happened."""
+    lane = make_records(LANE, 1)
+    for name in ("device_slot", "link_slot", "node_slot", "in_force"):
+        lane[name] = -1
+    for name in ("known_k", "known_q_s", "known_busy_frac"):
+        lane[name] = math.nan
+    lane["heard_s"], lane["retry_s"], lane["cool_down_s"] = -math.inf, math.inf, COOL_DOWN_S
+    return lane[0]
