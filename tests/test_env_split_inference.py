@@ -35,7 +35,7 @@ def make(**kwargs):
 def test_env_obeys_gymnasium_with_warnings_as_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made = gymnasium.make("offcut/SplitInference-v0", sites=SITES, num_requests=12)
+        made = gymnasium.make("offcut/SplitInference-v0", models=["random:2"], num_requests=12)
         check_env(made.unwrapped)
 
 

@@ -32,7 +32,7 @@ from env.kernel.layout import (
     State,
     World,
     make_records,
-)  # fmt: skip
+)
 from env.kernel.links import (
     DELAYED,
     DO_ARRIVE,
@@ -43,7 +43,7 @@ from env.kernel.links import (
     NODE_QUEUE,
     NODE_RUN,
     NOWHERE,
-)  # fmt: skip
+)
 from env.traces import GRID_S
 
 REMOTE, ON_DEVICE, LOCAL, FAILED = constants(5)[1:]
