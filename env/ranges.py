@@ -24,11 +24,13 @@ class Ranges:
     slow_cloud: Range = (0.1, 0.5)
     """Cloud, log: a shared GPU."""
     num_edges: tuple[int, int] = (1, 3)
+    """Edge nodes of a site, both ends included."""
     warm_frac: Range = (0.5, 1.0)
     """Share of the plans whose segments are built when an episode begins."""
 
     # --- links
     families: tuple[str, ...] = NETWORK_FAMILIES
+    """Families of access links, each as likely."""
     access_scale: Range = (0.5, 2.0)
     """Factor on a recorded access link, log; over several links of one device."""
     uplink_frac: Range = (0.1, 0.5)
@@ -40,6 +42,7 @@ class Ranges:
     backbone_bps: Range = (50e6, 1e9)
     """From an edge node to the cloud, log."""
     backbone_rtt_s: Range = (0.005, 0.04)
+    """Round trip from an edge node to the cloud, log."""
 
     # --- load
     utilisation: Range = (0.1, 0.7)
@@ -77,6 +80,7 @@ class Ranges:
     handover_every_s: Range = (5.0, 20.0)
     """Time at one edge node in `handover`, log."""
     handover_outage_s: Range = (0.1, 0.5)
+    """Silence of all access links at each handover, log."""
     handover_weak: Range = (0.05, 0.3)
     """Rate of the links to the other edge nodes, over the one at hand."""
     handover_rtt_s: float = 0.02

@@ -5,7 +5,7 @@ import pytest
 
 from env.catalogue import make_sites
 from env.draw import SCENARIOS
-from env.kernel import device, links, nodes, run
+from env.kernel import device, hear, life, links, nodes
 from env.scenario import SyntheticScenario
 from env.twin import OUTCOMES, Twin
 from env.world import World
@@ -231,7 +231,7 @@ def test_constants_are_those_of_the_runtime():
         request.HAND_OVER_S,
         request.HAND_OVER_FRAC,
     )
-    assert (run.FAILURES_TO_OPEN, run.COOL_DOWN_S, run.COOL_DOWN_MAX_S) == (
+    assert (life.FAILURES_TO_OPEN, life.COOL_DOWN_S, life.COOL_DOWN_MAX_S) == (
         breaker.FAILURES_TO_OPEN,
         breaker.COOL_DOWN_S,
         breaker.COOL_DOWN_MAX_S,
@@ -242,8 +242,8 @@ def test_constants_are_those_of_the_runtime():
         load.LOAD_FACTOR_MAX,
     )
     assert WorkerConfig.__dataclass_fields__["queue"].default == nodes.CAPACITY
-    assert (worker.STATUS_PERIOD_S, Limits().lost_after_s) == (run.STATUS_S, run.LOST_AFTER_S)
-    assert (run.PROBE_AFTER_S, run.PROBE_S, run.FIRST_PROBE_BYTES, run.MAX_PROBE_BYTES) == (
+    assert (worker.STATUS_PERIOD_S, Limits().lost_after_s) == (hear.STATUS_S, hear.LOST_AFTER_S)
+    assert (hear.PROBE_AFTER_S, hear.PROBE_S, hear.FIRST_PROBE_BYTES, hear.MAX_PROBE_BYTES) == (
         link.PROBE_AFTER_S,
         link.PROBE_S,
         link.FIRST_PROBE_BYTES,
