@@ -1,0 +1,114 @@
+"""Episodes on the twin: lanes with a site, a world and the planner's latencies in it; what environments are made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from env.reward import reward_terms
+from env.scenario import Scenario
+from env.site import Site
+from env.spaces import Observation, blank_observations, put_features
+from env.traces import FloatArray
+from env.twin import BoolArray, IntArray, Twin
+from runtime.planning.candidates import NUM_CANDIDATES
+from runtime.planning.features import FeatureEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """Requests that ended in a step, side by side."""
+
+    lane: IntArray  # (M,) place among the lanes that were stepped
+    number: IntArray  # (M,) of the arrival in the episode: step `number` decided on it
+    latency_s: FloatArray  # (M,) inf: never answered
+    term: FloatArray  # (M,) what each adds to the reward
+    outcome: IntArray  # (M,) code in `env.twin.OUTCOMES`
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.lane)
+
+
+class Episodes:
+    """Lanes side by side, each in an episode of its own.
+
+    Which site and scenario an episode has follows from its seed, as everything else does.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], scenarios: Sequence[Scenario], *, num_lanes: int, num_requests: int
+    ) -> None:
+        """Make the lanes; `start` puts episodes into them."""
+        self.sites, self.scenarios = tuple(sites), tuple(scenarios)
+        self.num_requests = num_requests
+        self._twin = Twin(num_lanes, num_requests + 1)
+        self._encoders = [FeatureEncoder(site.problem) for site in self.sites]
+        self._num_plans = np.array([site.candidates.num_plans for site in self.sites])
+        self._scale_s = np.array([encoder.reference_s for encoder in self._encoders])
+        self._site_of = np.zeros(num_lanes, dtype=np.int64)
+        self._scenario_of = np.zeros(num_lanes, dtype=np.int64)
+        self._reference_s = np.zeros((num_lanes, num_requests + 1))
+        self._observations = blank_observations(num_lanes)
+
+    def start(self, lanes: IntArray, seeds: Sequence[Sequence[int]]) -> None:
+        """Start an episode in each of some lanes, and work out what the planner makes of it."""
+        for lane, seed in zip(lanes.tolist(), seeds, strict=True):
+            pick = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PICK,)))
+            site, scenario = int(pick.integers(len(self.sites))), int(pick.integers(len(self.scenarios)))
+            self._site_of[lane], self._scenario_of[lane] = site, scenario
+            world = self.scenarios[scenario].world(self.sites[site], seed, self.num_requests + 1)
+            self._twin.load(lane, self.sites[site], world)
+        self._reference_s[lanes] = self._twin.plan(lanes)
+        self._twin.begin(lanes)
+        self._observe(lanes)
+
+    def step(self, lanes: IntArray, actions: IntArray) -> tuple[FloatArray, BoolArray, Completed]:
+        """Decide on the request at hand in each of some lanes.
+
+        Returns:
+            Rewards, where the episode is over, and the requests that ended.
+        """
+        rows = np.where(actions < self._num_plans[self._site_of[lanes]], actions, 0)  # padding repeats the first plan
+        is_over, (place, number) = self._twin.step(lanes, rows)
+        self._observe(lanes)
+        ended = lanes[place]
+        latency_s, deadline_s, outcome = self._twin.requests(ended, number)
+        scale_s = self._scale_s[self._site_of[ended]]
+        terms = reward_terms(latency_s, deadline_s, self._reference_s[ended, number], scale_s)
+        rewards = np.zeros(len(lanes))
+        np.add.at(rewards, place, terms)
+        return rewards, is_over, Completed(place.copy(), number.copy(), latency_s, terms, outcome)
+
+    def _observe(self, lanes: IntArray) -> None:
+        """Encode what the lanes' devices know, site by site: the encoder's arrays belong to one problem."""
+        of_lanes = self._site_of[lanes]
+        for at in np.unique(of_lanes).tolist():
+            rows = lanes[of_lanes == at]
+            current = self._twin.known("current", rows)
+            features = self._encoders[at].encode(
+                self._twin.state_arrays(self.sites[at], rows),
+                current=np.where(current < NUM_CANDIDATES, current, -1),
+                warm=self._twin.known("warm", rows)[:, :NUM_CANDIDATES],
+            )
+            put_features(self._observations, rows, features)
+
+    @property
+    def observations(self) -> Observation:
+        """What every lane's device knows at its request at hand; changes with the next step."""
+        return self._observations
+
+    def describe(self, lane: int) -> dict[str, object]:
+        """What an episode is: its site, its scenario, and the instant it stands at."""
+        return {
+            "site": self.sites[self._site_of[lane]].name,
+            "scenario": self.scenarios[self._scenario_of[lane]].kind,
+            "time_s": self._twin.now_s(lane),
+        }
+
+    def reference_s(self, lane: int) -> FloatArray:
+        """The planner's latency for every request of the lane's episode."""
+        return self._reference_s[lane, : self.num_requests].copy()
+
+
+_PICK = 99

@@ -1,0 +1,140 @@
+"""The memory of the dynamics: one record per lane, of one fixed form, so that it is compiled once.
+
+Names of fields and their shapes are the tables below; a record is what a compiled function gets, as a pointer. What is
+long or differs in length (grid, background requests, requests) is in plain arrays beside it.
+"""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+EDGES = 3
+NODES = EDGES + 2
+LINKS = NODES * (NODES - 1)
+"""Directed pairs of nodes."""
+
+CLIENTS = 6
+ROWS = 128
+"""Candidates, then plans that are none."""
+
+SLOTS = 96
+"""Requests under way in one lane; one more is refused, and counts as failed."""
+
+EVENTS = 4 * SLOTS
+RING = 32
+"""Jobs of a node that its readings look at: more than its queue holds."""
+
+SAMPLES = 8
+METER = 2 * SAMPLES
+"""Samples kept per link: what was reported may be older than the newest 8."""
+
+TICKS = 10
+"""Busy times kept per node, half a second apart: a window of 5 s."""
+
+SERVERS = CLIENTS * LINKS
+"""Servers of links: `client * LINKS + link` for a link of a device, `link` for one that clients share."""
+
+PATHS = 6
+RTT, CONTENTION, DOWN = PATHS, 2 * PATHS, 2 * PATHS + NODES
+GRID_ROWS = DOWN + NODES
+"""Rows of the grid: rates from 0 on, then round trips, contention, and 1 where a node answers nobody."""
+
+ARRIVES, INPUT, DEADLINE, NOISE, LATENCY, OUTCOME, CHOSEN, DONE = 0, 1, 2, 3, 6, 7, 8, 9
+REQUEST_ROWS = 10
+"""Rows of the requests: three of noise; from `LATENCY` on what became of those of client 0."""
+
+Lane: TypeAlias = Any
+"""A record of `LANE`."""
+
+Plans: TypeAlias = Any
+"""A record of `PLANS`."""
+
+State: TypeAlias = Any
+"""A record of `STATE`."""
+
+
+class World(NamedTuple):
+    """What happens whatever is decided, of one lane, and what becomes of it. G grid steps, M background requests."""
+
+    grid: Any  # (GRID_ROWS, G)
+    background: Any  # (2 * NODES, M) arrivals, then service times
+    requests: Any  # (CLIENTS, REQUEST_ROWS, R)
+
+
+_I, _F, _B = np.int64, np.float64, np.uint8  # numba takes no array of bool inside a record
+
+_Table: TypeAlias = list[tuple[Any, ...]]
+
+
+def _fields(kind: Any, names: str, *shape: int) -> _Table:
+    return [(name, kind, shape) if shape else (name, kind) for name in names.split()]
+
+
+PLANS = np.dtype(
+    _fields(_I, "node segment", ROWS, 3)
+    + _fields(_F, "idle_s has_layers", ROWS, 3)
+    + _fields(_I, "link", ROWS, 4)
+    + _fields(_F, "has_hop plain_bytes saved_bytes coding_s has_input", ROWS, 4)
+    + _fields(_F, "plain_codec_s is_relayed message_s", ROWS)
+    + _fields(_I, "padding", ROWS)  # 0 a candidate, 1 no plan, 2 a plan that is no candidate
+    + _fields(_F, "needs", ROWS, NODES)
+    + _fields(_I, "link_source link_target reverse path", LINKS)
+    + _fields(_F, "scale", LINKS)
+    + _fields(_I, "num_links num_nodes num_clients num_requests")
+    + _fields(_I, "shift", CLIENTS)
+    + _fields(_I, "bg_count", NODES)
+    + _fields(_F, "local_s"),  # whole model on the device; inf where it has none
+    align=True,
+)
+"""Plans of a lane (`runtime.planning.rows.PlanCosts`), and what else stands still during an episode."""
+
+LANE = np.dtype(
+    _fields(_F, "now_s")
+    + _fields(_I, "sequence event_count tick_count done_count top")  # no slot from top on is active
+    + _fields(_F, "event_s", EVENTS)
+    + _fields(_I, "event_kind event_id event_version", EVENTS)
+    # Requests under way: who asked, where the remote part is, how far a local completion is.
+    + _fields(_B, "is_active is_coded is_stage_done is_remote", SLOTS)
+    + _fields(_I, "client number row place server queued hop todo version target local local_queued", SLOTS)
+    + _fields(_F, "arrived_s deadline_at_s predicted_s queued_s guard_s", SLOTS)
+    # Devices.
+    + _fields(_I, "next_request device_slot device_version in_force error_count", CLIENTS)
+    + _fields(_B, "device_is_local", CLIENTS)
+    + _fields(_F, "device_predicted_end_s", CLIENTS)
+    + _fields(_F, "errors", CLIENTS, SAMPLES)
+    # Links: what is in flight (-1 nothing, -2 a probe), and what their senders measured.
+    + _fields(_I, "link_slot link_version meter_count", SERVERS)
+    + _fields(_F, "link_start_s link_bytes", SERVERS)
+    + _fields(_F, "meter_s meter_bps meter_log_mean", SERVERS, METER)
+    # Nodes: the request that runs, when all that has started is done, background requests taken in, jobs started,
+    # service of all started; and the same as of the last start of a request.
+    + _fields(_I, "node_slot node_version node_bg node_jobs saved_bg saved_jobs", NODES)
+    + _fields(_F, "node_free_s node_busy_s saved_free_s saved_busy_s", NODES)
+    + _fields(_F, "ring_start_s ring_wait_s ring_end_s ring_ratio", NODES, RING)
+    + _fields(_F, "tick_busy_s", NODES, TICKS)
+    # What each device knows of the nodes, and its breakers (0 closed, 1 open, 2 half open).
+    + _fields(_F, "heard_s known_k known_q_s known_length known_busy_frac cool_down_s retry_s", CLIENTS, NODES)
+    + _fields(_I, "breaker failures", CLIENTS, NODES)
+    + _fields(_B, "is_up", CLIENTS, NODES)
+    + _fields(_B, "is_warm", 3 * ROWS),
+    align=True,
+)
+"""Everything that changes during an episode."""
+
+STATE = np.dtype(
+    _fields(_F, "bandwidth_bps sample_age_s", LINKS, SAMPLES)
+    + _fields(_F, "mean_bandwidth_bps rtt_s backlog_bytes rate_cap_bps", LINKS)
+    + _fields(_B, "is_up", NODES)
+    + _fields(_F, "load_factor queue_delay_s queue_length utilisation_frac node_age_s", NODES)
+    + _fields(_F, "device_backlog_s uplink_backlog_bytes request_rate_hz input_bytes deadline_s")
+    + _fields(_F, "recent_errors", SAMPLES)
+    + _fields(_I, "current")  # row in force, -1 for none
+    + _fields(_F, "warm total_s", ROWS),  # total_s: predicted by the planner
+    align=True,
+)
+"""What a device has measured when a request comes, as `runtime.planning.arrays.StateArrays` has it, and more."""
+
+
+def make_records(form: "np.dtype[Any]", count: int) -> Any:
+    """Allocate records whose fields are attributes."""
+    return np.zeros(count, dtype=form).view(np.recarray)

@@ -1,0 +1,229 @@
+"""Nodes: one request runs at a time, first in, first out, among background requests; and what a node says of itself.
+
+Background requests cost no events. They are taken in when a request needs to know: until it starts, everything that
+came before it has been served. What was taken in since the last start of a request can be undone when that request is
+given up while it runs.
+"""
+
+import math
+
+from env.kernel.compiled import compiled
+from env.kernel.events import NODE, next_sequence, push
+from env.kernel.layout import CONTENTION, NODES, NOISE, RING, TICKS, Lane, Plans, World
+from env.kernel.links import NODE_QUEUE, NODE_RUN, first_waiting
+from env.traces import GRID_S
+
+CAPACITY = 16
+"""Requests that may wait, as a worker's default."""
+
+WINDOW_S = 5.0
+WINDOW_LENGTH = 16
+LOAD_FACTOR_MAX = 100.0
+"""As in `runtime.node.load`."""
+
+COLD_S = 0.02
+"""Building a segment, besides a first run that takes twice as long. Guess: tens of milliseconds were seen."""
+
+
+@compiled
+def contention_at(w: World, node: int, at_s: float) -> float:
+    """Factor on service times at an instant."""
+    steps = w.grid.shape[1]
+    return float(w.grid[CONTENTION + node, int(at_s / GRID_S) % steps])
+
+
+@compiled
+def _note_job(s: Lane, node: int, start_s: float, wait_s: float, service_s: float, ratio: float) -> None:
+    at = s.node_jobs[node] % RING
+    s.ring_start_s[node, at] = start_s
+    s.ring_wait_s[node, at] = wait_s
+    s.ring_end_s[node, at] = start_s + service_s
+    s.ring_ratio[node, at] = ratio
+    s.node_jobs[node] += 1
+    s.node_busy_s[node] += service_s
+    s.node_free_s[node] = start_s + service_s
+
+
+@compiled
+def _background_at(w: World, r: Plans, node: int, index: int) -> float:
+    count = r.bg_count[node]
+    if count == 0:
+        return math.inf
+    period_s = w.grid.shape[1] * GRID_S
+    return float(w.background[node, index % count] + (index // count) * period_s)
+
+
+@compiled
+def take_background(w: World, r: Plans, s: Lane, node: int, until_s: float) -> None:
+    """Serve the background requests that came before an instant; one that finds the queue full is turned away."""
+    count = r.bg_count[node]
+    while True:
+        at_s = _background_at(w, r, node, s.node_bg[node])
+        if at_s >= until_s:
+            return
+        service_s = w.background[NODES + node, s.node_bg[node] % count]
+        s.node_bg[node] += 1
+        jobs = s.node_jobs[node]
+        if jobs >= CAPACITY and s.ring_start_s[node, (jobs - CAPACITY) % RING] > at_s:
+            continue
+        start_s = max(s.node_free_s[node], at_s)
+        factor = contention_at(w, node, start_s)
+        _note_job(s, node, start_s, start_s - at_s, service_s * factor, factor)
+
+
+@compiled
+def _save(s: Lane, node: int) -> None:
+    s.saved_free_s[node] = s.node_free_s[node]
+    s.saved_bg[node] = s.node_bg[node]
+    s.saved_jobs[node] = s.node_jobs[node]
+    s.saved_busy_s[node] = s.node_busy_s[node]
+
+
+@compiled
+def queue_length(w: World, r: Plans, s: Lane, node: int, at_s: float) -> int:
+    """Requests that wait at an instant, background included."""
+    waiting = 0
+    for slot in range(s.top):
+        if s.is_active[slot] and s.place[slot] == NODE_QUEUE and s.server[slot] == node:
+            waiting += 1
+    if waiting == 0:
+        take_background(w, r, s, node, at_s)
+    jobs = s.node_jobs[node]
+    for at in range(max(jobs - RING, 0), jobs):
+        if s.ring_start_s[node, at % RING] > at_s:
+            waiting += 1
+    index = s.node_bg[node]
+    while _background_at(w, r, node, index) < at_s and waiting < 2 * RING:
+        waiting += 1
+        index += 1
+    return waiting
+
+
+@compiled
+def arrive(w: World, r: Plans, s: Lane, slot: int, node: int) -> bool:
+    """Let a request join a node's queue; False when it is full."""
+    if queue_length(w, r, s, node, s.now_s) >= CAPACITY:
+        return False
+    s.place[slot] = NODE_QUEUE
+    s.server[slot] = node
+    s.queued[slot] = next_sequence(s)
+    s.queued_s[slot] = s.now_s
+    if s.node_slot[node] < 0 and first_waiting(s, NODE_QUEUE, node) == slot:
+        _schedule(w, r, s, node)
+    return True
+
+
+@compiled
+def _schedule(w: World, r: Plans, s: Lane, node: int) -> None:
+    """Plan the start of the request that has waited longest."""
+    s.node_version[node] += 1
+    slot = first_waiting(s, NODE_QUEUE, node)
+    if slot < 0:
+        return
+    take_background(w, r, s, node, s.queued_s[slot])
+    start_s = max(s.node_free_s[node], s.queued_s[slot], s.now_s)
+    push(s, start_s, NODE, node, s.node_version[node])
+
+
+@compiled
+def start(w: World, r: Plans, s: Lane, node: int) -> int:
+    """Start the request that has waited longest, at the instant planned for it.
+
+    Returns:
+        -1, or the request when its time has run out: it is no longer in the queue.
+    """
+    slot = first_waiting(s, NODE_QUEUE, node)
+    now_s = s.now_s
+    if now_s > s.deadline_at_s[slot]:
+        s.place[slot] = 0
+        _schedule(w, r, s, node)
+        return int(slot)
+    row, tier = s.row[slot], tier_of(r, s, slot)
+    noise = w.requests[s.client[slot], NOISE + tier, s.number[slot]]
+    factor = contention_at(w, node, now_s) * noise
+    idle_s = r.idle_s[row, tier]
+    cold_s = 0.0
+    if not s.is_warm[r.segment[row, tier]]:
+        s.is_warm[r.segment[row, tier]] = True
+        cold_s = COLD_S + idle_s
+    _note_job(s, node, now_s, now_s - s.queued_s[slot], (idle_s + cold_s) * factor, factor)
+    _save(s, node)
+    s.place[slot] = NODE_RUN
+    s.node_slot[node] = slot
+    s.node_version[node] += 1
+    push(s, s.node_free_s[node], NODE, node, s.node_version[node])
+    return -1
+
+
+@compiled
+def tier_of(r: Plans, s: Lane, slot: int) -> int:
+    """Tier whose node a request's present transfer leads to: 1 the head, 2 the cloud."""
+    if s.hop[slot] == 0:
+        return 1 if r.node[s.row[slot], 1] != 0 else 2
+    return 2
+
+
+@compiled
+def done(w: World, r: Plans, s: Lane, node: int) -> int:
+    """The request that runs has ended: give it, and plan the next."""
+    slot = s.node_slot[node]
+    s.node_slot[node] = -1
+    _schedule(w, r, s, node)
+    return int(slot)
+
+
+@compiled
+def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
+    """Take a request from a node where it waits or runs."""
+    node, place = s.server[slot], s.place[slot]
+    s.place[slot] = 0
+    if place == NODE_RUN:
+        unused_s = s.saved_free_s[node] - s.now_s
+        s.node_free_s[node] = s.now_s
+        s.node_bg[node] = s.saved_bg[node]
+        s.node_jobs[node] = s.saved_jobs[node]
+        s.node_busy_s[node] = s.saved_busy_s[node] - unused_s
+        s.node_slot[node] = -1
+        _schedule(w, r, s, node)
+    elif s.node_slot[node] < 0:
+        _schedule(w, r, s, node)
+
+
+@compiled
+def load_factor(s: Lane, node: int, at_s: float) -> float:
+    """K as `runtime.node.load.NodeLoad` has it: mean ratio of the last segments that ended in the window."""
+    total, count = 0.0, 0
+    jobs = s.node_jobs[node]
+    for back in range(1, min(jobs, RING) + 1):
+        at = (jobs - back) % RING
+        if s.ring_end_s[node, at] <= at_s:
+            if s.ring_end_s[node, at] < at_s - WINDOW_S or count == WINDOW_LENGTH:
+                break
+            total += s.ring_ratio[node, at]
+            count += 1
+    return float(min(max(total / count, 1.0), LOAD_FACTOR_MAX)) if count > 0 else 1.0
+
+
+@compiled
+def queue_delay_s(s: Lane, node: int, at_s: float) -> float:
+    """q: mean wait of the requests that started in the window."""
+    total, count = 0.0, 0
+    jobs = s.node_jobs[node]
+    for back in range(1, min(jobs, RING) + 1):
+        at = (jobs - back) % RING
+        if s.ring_start_s[node, at] <= at_s:
+            if s.ring_start_s[node, at] < at_s - WINDOW_S or count == WINDOW_LENGTH:
+                break
+            total += s.ring_wait_s[node, at]
+            count += 1
+    return float(total / count) if count > 0 else 0.0
+
+
+@compiled
+def busy_frac(s: Lane, node: int, at_s: float) -> float:
+    """Share of the window that was busy; called at every tick, half a second apart."""
+    busy_s = s.node_busy_s[node] - max(s.node_free_s[node] - at_s, 0.0)
+    at = s.tick_count % TICKS
+    before_s = s.tick_busy_s[node, at]
+    s.tick_busy_s[node, at] = busy_s
+    return float(min(max((busy_s - before_s) / WINDOW_S, 0.0), 1.0))

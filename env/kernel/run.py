@@ -1,0 +1,304 @@
+"""A lane's life: begin, requests that come, what follows from each event, and how requests end.
+
+arrive -> device share -> link -> head -> link -> cloud -> link -> (head passes on) -> link -> end
+             |             |        |                                                   |
+             +-------------+--------+--> completed on the device --------------------> end
+"""
+
+import math
+from typing import Any
+
+from env.kernel import device as dev
+from env.kernel import links, nodes
+from env.kernel.compiled import ZERO, compiled, constants, entry
+from env.kernel.decide import read_state, weigh
+from env.kernel.device import LOCAL_NONE
+from env.kernel.events import ARRIVAL, DELAY, DEVICE, GUARD, LINK, NODE, earliest, is_current, push, remove
+from env.kernel.hear import FIRST_PROBE_BYTES, hear_reply, tick
+from env.kernel.layout import (
+    ARRIVES,
+    DONE,
+    DOWN,
+    LANE,
+    LINKS,
+    Lane,
+    Plans,
+    State,
+    World,
+    make_records,
+)
+from env.kernel.life import (
+    COOL_DOWN_S,
+    FAILED,
+    LOCAL,
+    REMOTE,
+    answered,
+    delay,
+    encode,
+    end,
+    finish_here,
+    stage_done,
+    submit,
+)
+from env.kernel.links import (
+    DO_ARRIVE,
+    DO_FAIL,
+    DO_FINISH,
+    DO_SEND,
+    NOWHERE,
+)
+from env.traces import GRID_S
+
+# --- begin --------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _begin(w: World, r: Plans, s: Lane) -> None:
+    """Set a blank lane to time 0: every link has been probed once, every node heard of, as the world has it."""
+    for client in range(r.num_clients):
+        push(s, w.requests[client, ARRIVES, 0], ARRIVAL, client, ZERO)
+        for link in range(r.num_links):
+            server = links.server_of(r, client, link)
+            if server // LINKS == client and s.meter_count[server] == 0:
+                _first_probe(w, r, s, client, link, server)
+    tick(w, r, s)
+
+
+@compiled
+def _first_probe(w: World, r: Plans, s: Lane, client: int, link: int, server: int) -> None:
+    rtt_s = links.rtt_at(w, r, client, link, 0.0)
+    elapsed_s = links.transfer_end(w, r, client, link, 0.0, FIRST_PROBE_BYTES) + rtt_s
+    if elapsed_s < w.requests[client, ARRIVES, 0]:
+        links.add_sample(s, server, elapsed_s, FIRST_PROBE_BYTES, elapsed_s, rtt_s)
+
+
+# --- what follows from events -----------------------------------------------------------------------------------------
+
+
+@compiled
+def _handle(w: World, r: Plans, s: Lane, kind: int, what: int) -> None:
+    if kind == DELAY:
+        _continue(w, r, s, what)
+    elif kind == LINK:
+        links.acknowledged(w, r, s, what)
+    elif kind == NODE:
+        _node_event(w, r, s, what)
+    elif kind == DEVICE:
+        _device_event(w, r, s, what)
+    elif kind == GUARD:
+        _guard_event(w, r, s, what)
+    else:
+        tick(w, r, s)
+
+
+@compiled
+def _continue(w: World, r: Plans, s: Lane, slot: int) -> None:
+    """A request's delay has passed."""
+    todo, client, row, hop = s.todo[slot], s.client[slot], s.row[slot], s.hop[slot]
+    if todo == DO_SEND:
+        links.enqueue(w, r, s, slot)
+    elif todo == DO_ARRIVE:
+        if links.is_broken(w, r, client, r.link[row, hop], s.now_s):
+            s.place[slot] = NOWHERE  # lost on the way: nobody will tell
+        elif hop < 2:
+            _reach_node(w, r, s, slot)
+        elif hop == 2:
+            s.hop[slot] = 3
+            encode(w, r, s, slot, 0.0)
+        else:
+            delay(w, r, s, slot, r.message_s[row], DO_FINISH)
+    else:
+        answered(s, client, s.target[slot])
+        if todo == DO_FINISH:
+            hear_reply(w, r, s, slot)
+            end(w, r, s, slot, REMOTE)
+        else:
+            s.is_remote[slot] = False
+            s.place[slot] = NOWHERE
+            finish_here(w, r, s, slot)
+
+
+@compiled
+def _reach_node(w: World, r: Plans, s: Lane, slot: int) -> None:
+    """The tensors are at a node: compute, pass on, or be refused."""
+    row, tier = s.row[slot], nodes.tier_of(r, s, slot)
+    node = r.node[row, tier]
+    if s.now_s >= s.deadline_at_s[slot]:
+        _refuse(w, r, s, slot)
+    elif r.has_layers[row, tier] > 0.0:
+        if not nodes.arrive(w, r, s, slot, node):
+            _refuse(w, r, s, slot)
+    else:
+        _leave_node(w, r, s, slot)
+
+
+@compiled
+def _leave_node(w: World, r: Plans, s: Lane, slot: int) -> None:
+    """A node's share is done: on to the cloud, or back."""
+    row = s.row[slot]
+    if s.hop[slot] == 0 and r.has_hop[row, 1] > 0.0:
+        s.hop[slot] = 1
+    else:
+        s.hop[slot] = 2 if r.has_hop[row, 2] > 0.0 else 3
+    encode(w, r, s, slot, 0.0)
+
+
+@compiled
+def _refuse(w: World, r: Plans, s: Lane, slot: int) -> None:
+    """Tell the device that there will be no result; the notice is a small message on the way back."""
+    row, client = s.row[slot], s.client[slot]
+    back_s = links.rtt_at(w, r, client, r.link[row, 3], s.now_s) / 2.0
+    if s.hop[slot] == 1:
+        back_s += links.rtt_at(w, r, ZERO, r.link[row, 2], s.now_s) / 2.0
+    delay(w, r, s, slot, back_s, DO_FAIL)
+
+
+@compiled
+def _node_event(w: World, r: Plans, s: Lane, node: int) -> None:
+    if s.node_slot[node] < 0:
+        late = nodes.start(w, r, s, node)
+        if late >= 0:
+            _refuse(w, r, s, late)
+        return
+    slot = nodes.done(w, r, s, node)
+    step = int(s.now_s / GRID_S) % w.grid.shape[1]
+    if w.grid[DOWN + node, step] > 0.0:
+        s.place[slot] = NOWHERE
+    else:
+        _leave_node(w, r, s, slot)
+
+
+@compiled
+def _device_event(w: World, r: Plans, s: Lane, client: int) -> None:
+    slot, is_local = s.device_slot[client], s.device_is_local[client]
+    dev.stop(s, client)
+    if is_local:
+        end(w, r, s, slot, LOCAL)
+    else:
+        stage_done(w, r, s, slot)
+    dev.start_next(w, r, s, client)
+
+
+@compiled
+def _guard_event(w: World, r: Plans, s: Lane, slot: int) -> None:
+    s.guard_s[slot] = math.inf
+    if dev.guard_at_s(r, s, slot) > s.now_s:
+        dev.guard(r, s, slot)
+    elif math.isinf(r.local_s):
+        end(w, r, s, slot, FAILED)
+    elif s.local[slot] == LOCAL_NONE:
+        finish_here(w, r, s, slot)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _advance(w: World, r: Plans, s: Lane, x: State, other: State, is_planned: bool) -> bool:
+    """Go on to the next arrival of client 0; at its last one, until all its earlier requests have ended.
+
+    The last arrival is never started: it is there to be seen, so that an episode ends with a state to value.
+
+    Args:
+        w: the lane's world.
+        r: its plans.
+        s: the lane.
+        x: takes the state that client 0 sees.
+        other: takes those of the others.
+        is_planned: the planner decides for client 0 too, until the end.
+
+    Returns:
+        True when client 0's last request has come and all earlier ones have ended.
+    """
+    is_last = False
+    while True:
+        at = earliest(s)
+        at_s, kind, what = s.event_s[at], s.event_kind[at], s.event_id[at]
+        is_valid = is_current(s, at)
+        remove(s, at)
+        if not is_valid:
+            continue
+        s.now_s = at_s
+        if kind != ARRIVAL:
+            _handle(w, r, s, kind, what)
+        elif what == 0 and (not is_planned or s.next_request[0] + 1 == r.num_requests):
+            read_state(w, r, s, x, ZERO)
+            weigh(r, x)
+            is_last = s.next_request[0] + 1 == r.num_requests
+            if not is_last:
+                return False
+        elif s.next_request[what] < r.num_requests:
+            read_state(w, r, s, other, what)
+            row = weigh(r, other)
+            submit(w, r, s, what, row, other.total_s[row])
+        if is_last and not _has_requests(s):
+            return True
+
+
+@compiled
+def _has_requests(s: Lane) -> bool:
+    for slot in range(s.top):
+        if s.is_active[slot] and s.client[slot] == 0:
+            return True
+    return False
+
+
+Array = Any
+STEP, BEGIN, PLAN = constants(3)
+
+
+@entry
+def run_lanes(
+    w: World,
+    plans: Array,
+    lanes: Array,
+    states: Array,
+    chosen: Array,
+    rows: Array,
+    mode: int,
+    is_over: Array,
+    ended: Array,
+) -> int:
+    """Run the chosen lanes. One function for all, so that everything is compiled once.
+
+    Args:
+        w: worlds; arrays here have the lanes first.
+        plans: records of `PLANS`.
+        lanes: records of `LANE`; blank ones unless the mode is `STEP`.
+        states: records of `STATE`, one more than lanes: the last is for the other clients.
+        chosen: numbers of the lanes.
+        rows: plan of client 0's request at hand, for `STEP`.
+        mode: `STEP`: submit that request and go on to the next; `BEGIN`: go to the first; `PLAN`: run the whole
+            episode, the planner deciding for every client.
+        is_over: takes where the request now at hand is the last.
+        ended: takes the place in `chosen` and the number of each of client 0's requests that ended.
+
+    Returns:
+        How many ended.
+    """
+    num_ended = 0
+    for at in range(len(chosen)):
+        b = chosen[at]
+        world = World(w.grid[b], w.background[b], w.requests[b])
+        r, s, x = plans[b], lanes[b], states[b]
+        s.done_count = 0
+        if mode == STEP:
+            submit(world, r, s, ZERO, rows[at], x.total_s[rows[at]])
+        else:
+            _begin(world, r, s)
+        is_over[at] = _advance(world, r, s, x, states[-1], mode == PLAN)
+        for index in range(s.done_count):
+            ended[0, num_ended], ended[1, num_ended] = at, int(world.requests[0, DONE, index])
+            num_ended += 1
+    return num_ended
+
+
+def blank_lane() -> Lane:
+    """A lane before anything has happened."""
+    lane = make_records(LANE, 1)
+    for name in ("device_slot", "link_slot", "node_slot", "in_force"):
+        lane[name] = -1
+    for name in ("known_k", "known_q_s", "known_busy_frac"):
+        lane[name] = math.nan
+    lane["heard_s"], lane["retry_s"], lane["cool_down_s"] = -math.inf, math.inf, COOL_DOWN_S
+    return lane[0]

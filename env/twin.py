@@ -1,0 +1,220 @@
+"""The twin: many environments' dynamics in one process, calibrated by the same profiles that plan.
+
+What is emulated, and where it differs from the runtime: queues are first in, first out; transfers integrate the world's
+rates; codec and message times are delays that hold no server; a status tells the state at the instant it arrives; a
+probe is a transfer of its bytes; a node that is lost is up again with its next status; decisions take no time.
+"""
+
+from dataclasses import fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from env.draw import MAX_BACKGROUND, MAX_STEPS
+from env.kernel import layout, run
+from env.kernel.layout import CLIENTS, NODES, ROWS, make_records
+from env.site import Site
+from env.traces import FloatArray
+from env.world import World
+from runtime.errors import ConfigError
+from runtime.planning.arrays import StateArrays
+from runtime.planning.candidates import NUM_CANDIDATES
+from runtime.planning.rows import PlanCosts, compile_plan
+from runtime.types import DEVICE_NODE, Plan, Tier
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+EXTRA_ROWS = ROWS - NUM_CANDIDATES
+"""Plans besides the candidates that may be under way in one lane; as many as requests may be."""
+
+OUTCOMES = ("under way", "remote", "device", "local", "failed")
+"""What became of a request, by its code: `local` is completed by the device instead of as planned."""
+
+_STATE_FIELDS = tuple(field.name for field in fields(StateArrays))
+_ROW_FIELDS = (
+    "node", "idle_s", "has_layers", "link", "has_hop", "plain_bytes", "saved_bytes", "coding_s", "has_input",
+    "plain_codec_s", "is_relayed", "message_s",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _layers(plan: Plan, tier: Tier, entry: int) -> tuple[int, ...]:
+    return tuple(i for i in range(entry, len(plan.tiers)) if plan.tiers[i] is tier)
+
+
+class Twin:
+    """Lanes side by side: a site and a world each. A lane's number is its place in every array."""
+
+    def __init__(self, num_lanes: int, num_requests: int) -> None:
+        """Allocate.
+
+        Args:
+            num_lanes: environments side by side.
+            num_requests: most that a world may hold for each client; the last of them is only seen.
+        """
+        self.num_lanes = num_lanes
+        self.num_requests = num_requests
+        self._world = layout.World(
+            grid=np.ones((num_lanes, layout.GRID_ROWS, MAX_STEPS)),
+            background=np.zeros((num_lanes, 2 * NODES, MAX_BACKGROUND)),
+            requests=np.zeros((num_lanes, CLIENTS, layout.REQUEST_ROWS, num_requests)),
+        )
+        self._plans = make_records(layout.PLANS, num_lanes)
+        self._lanes = make_records(layout.LANE, num_lanes)
+        self._states = make_records(layout.STATE, num_lanes + 1)
+        self._known = self._states.view(np.ndarray)  # reads a field ten times as fast
+        self._blank_lane = run.blank_lane()
+        self._is_warm = np.zeros((num_lanes, 3 * ROWS), dtype=np.bool_)
+        self._ended = np.zeros((2, num_lanes * num_requests), dtype=np.int64)
+        self._sites: list[Site | None] = [None] * num_lanes
+        self._segments: list[dict[tuple[int, tuple[int, ...]], int]] = [{} for _ in range(num_lanes)]
+        self._extra: list[int] = [0] * num_lanes
+
+    def load(self, lane: int, site: Site, world: World) -> None:
+        """Put a site and an episode's world into a lane.
+
+        Raises:
+            ConfigError: when the site has more edge nodes, or the world more clients or requests, than there is room.
+        """
+        if site.num_edges > layout.EDGES or len(world.shift) > CLIENTS or world.num_requests > self.num_requests:
+            raise ConfigError(
+                f"expected at most {layout.EDGES} edge nodes, {CLIENTS} clients and {self.num_requests} requests, "
+                f"got {site.num_edges}, {len(world.shift)} and {world.num_requests}"
+            )
+        if self._sites[lane] is not site:
+            self._load_site(lane, site)
+        self._extra[lane] = 0
+        plans = self._plans[lane]
+        plans.padding[NUM_CANDIDATES:] = 1
+        self._load_world(lane, world)
+        self._is_warm[lane] = False
+        self._is_warm[lane, plans.segment[:NUM_CANDIDATES][world.is_warm].ravel()] = True
+
+    def _load_site(self, lane: int, site: Site) -> None:
+        slots, plans = site.candidates.costs.layout, self._plans[lane]
+        self._sites[lane], self._segments[lane] = site, {}
+        plans.num_links, plans.num_nodes = len(slots.links), len(slots.nodes)
+        for at, (source, target) in enumerate(slots.links):
+            plans.link_source[at], plans.link_target[at] = slots.node_slot[source], slots.node_slot[target]
+        plans.reverse[: len(slots.links)] = slots.reverse
+        has_model = site.problem.constraints.device_has_model and DEVICE_NODE in site.problem.profile.nodes
+        plans.local_s = site.model_s(DEVICE_NODE) if has_model else np.inf
+        plans.padding[:NUM_CANDIDATES] = np.arange(NUM_CANDIDATES) >= site.candidates.num_plans
+        self._put_rows(lane, slice(0, NUM_CANDIDATES), site.candidates.costs)
+        for at, plan in enumerate(site.candidates.plans):
+            plans.segment[at] = self._segments_of(lane, site, plan)
+
+    def _put_rows(self, lane: int, where: slice, costs: PlanCosts) -> None:
+        plans = self._plans[lane]
+        for name in _ROW_FIELDS:
+            plans[name][where] = costs.full(name)
+        plans.needs[where, : costs.needs.shape[1]] = costs.full("needs")
+
+    def _load_world(self, lane: int, world: World) -> None:
+        plans, grid, background = self._plans[lane], self._world.grid[lane], self._world.background[lane]
+        num_nodes, (clients, requests) = len(world.background), world.arrivals_s.shape
+        grid[: layout.PATHS] = world.rate_bps
+        grid[layout.RTT : layout.RTT + layout.PATHS] = world.rtt_s
+        grid[layout.CONTENTION : layout.CONTENTION + num_nodes] = world.contention
+        grid[layout.DOWN : layout.DOWN + num_nodes] = world.is_down
+        for node, of_node in enumerate(world.background):
+            count = len(of_node.arrivals_s)
+            plans.bg_count[node] = count
+            background[node, :count] = of_node.arrivals_s
+            background[NODES + node, :count] = of_node.service_s
+        plans.path[: len(world.path)], plans.scale[: len(world.path)] = world.path, world.scale
+        plans.num_clients, plans.num_requests = clients, requests
+        plans.shift[:clients] = world.shift
+        table = self._world.requests[lane, :clients, :, :requests]
+        table[:, layout.ARRIVES], table[:, layout.INPUT] = world.arrivals_s, world.input_bytes
+        table[:, layout.DEADLINE] = world.deadline_s
+        table[:, layout.NOISE : layout.NOISE + 3] = world.noise.transpose(0, 2, 1)
+
+    def _segments_of(self, lane: int, site: Site, plan: Plan) -> list[int]:
+        """Number the segments of a plan: equal ones of a lane get one number."""
+        known = self._segments[lane]
+        slot = site.candidates.costs.layout.node_slot
+        cloud = site.problem.deployment.cloud
+        names = {Tier.DEVICE: DEVICE_NODE, Tier.EDGE: plan.head, Tier.CLOUD: None if cloud is None else cloud.name}
+        keys = ((slot.get(names[tier] or "", 0), _layers(plan, tier, site.problem.entry)) for tier in Tier)
+        return [known.setdefault(key, min(len(known), 3 * ROWS - 1)) for key in keys]
+
+    def add_plan(self, lane: int, plan: Plan) -> int:
+        """Give any legal plan a row, so that it can be chosen as the candidates are.
+
+        Returns:
+            The row, good until `EXTRA_ROWS` other plans were added.
+        """
+        site = self._sites[lane]
+        assert site is not None  # load comes first
+        row = site.candidates.index.get(plan)
+        if row is not None:
+            return row
+        row = NUM_CANDIDATES + self._extra[lane] % EXTRA_ROWS
+        self._extra[lane] += 1
+        self._put_rows(lane, slice(row, row + 1), compile_plan(site.problem, plan))
+        self._plans[lane].segment[row] = self._segments_of(lane, site, plan)
+        self._plans[lane].padding[row] = 2
+        return row
+
+    def begin(self, lanes: IntArray) -> None:
+        """Start lanes over: each stands at its first request."""
+        self._blank(lanes)
+        self._run(lanes, lanes, run.BEGIN)
+
+    def step(self, lanes: IntArray, rows: IntArray) -> tuple[BoolArray, IntArray]:
+        """Start the request at hand in some lanes, each under the plan of its row, and go on to the next.
+
+        Returns:
+            Where the next one is the world's last: it is not started any more, and every other of the agent's requests
+            has ended. And the requests that ended, shape (2, number): place in `lanes`, number in the episode.
+        """
+        return self._run(lanes, rows, run.STEP)
+
+    def plan(self, lanes: IntArray) -> FloatArray:
+        """Run the planner through whole episodes: latency of every request, shape (lanes, R). `begin` starts over."""
+        self._blank(lanes)
+        self._run(lanes, lanes, run.PLAN)
+        latency_s: FloatArray = self._world.requests[lanes, 0, layout.LATENCY]
+        return latency_s
+
+    def _blank(self, lanes: IntArray) -> None:
+        self._lanes[lanes] = self._blank_lane
+        self._lanes["is_warm"][lanes] = self._is_warm[lanes]
+        self._world.requests[lanes, 0, layout.LATENCY] = np.nan
+        self._world.requests[lanes, 0, layout.OUTCOME] = 0.0
+
+    def _run(self, lanes: IntArray, rows: IntArray, mode: int) -> tuple[BoolArray, IntArray]:
+        is_over = np.zeros(len(lanes), dtype=np.bool_)
+        count = run.run_lanes(
+            self._world, self._plans, self._lanes, self._states, lanes, rows, mode, is_over, self._ended
+        )
+        return is_over, self._ended[:, :count]
+
+    def requests(self, lanes: IntArray, numbers: IntArray) -> tuple[FloatArray, FloatArray, IntArray]:
+        """Latency (NaN while under way, inf without an answer), deadline and outcome code of some requests."""
+        table = self._world.requests[lanes, 0, layout.DEADLINE :, numbers]
+        outcomes = table[:, layout.OUTCOME - layout.DEADLINE].astype(np.int64)
+        return table[:, layout.LATENCY - layout.DEADLINE], table[:, 0], outcomes
+
+    def now_s(self, lane: int) -> float:
+        """Instant at which a lane stands."""
+        return float(self._lanes[lane].now_s)
+
+    def known(self, name: str, lanes: IntArray) -> Any:
+        """One field of what the devices know at the requests at hand (`env.kernel.layout.STATE`)."""
+        return self._known[name][lanes]
+
+    def state_arrays(self, site: Site, lanes: IntArray) -> StateArrays:
+        """What the devices of some lanes of one site know at the requests at hand."""
+        slots = site.candidates.costs.layout
+        columns = []
+        for name in _STATE_FIELDS:
+            array = self._known[name][lanes]
+            if array.ndim > 1 and name != "recent_errors":
+                array = array[:, : len(slots.nodes) if array.shape[1] == NODES else len(slots.links)]
+            columns.append(array)
+        return StateArrays(*columns)
