@@ -22,9 +22,7 @@ def arrive(
     has_compute: bool = True,
     has_next: bool = False,
 ) -> list[Instruction]:
-    return machine.arrive(
-        key, remaining_s=remaining_s, has_compute=has_compute, has_next=has_next, predicted_s=0.1, now_s=now_s
-    )
+    return machine.arrive(key, remaining_s=remaining_s, has_compute=has_compute, has_next=has_next, now_s=now_s)
 
 
 def kinds(instructions: list[Instruction]) -> list[str]:
@@ -36,8 +34,8 @@ def test_the_first_request_runs_at_once_and_the_next_when_it_is_done() -> None:
     assert arrive(machine, A) == [Run(A, 0.0)]
     assert arrive(machine, B, now_s=1.0) == []
     assert machine.queue_length == 2
-    assert machine.computed(A, measured_s=0.1, now_s=3.0) == [Reply(A), Run(B, 2.0)]
-    assert machine.computed(B, measured_s=0.1, now_s=4.0) == [Reply(B)]
+    assert machine.computed(A, measured_s=0.1, predicted_s=0.1, now_s=3.0) == [Reply(A), Run(B, 2.0)]
+    assert machine.computed(B, measured_s=0.1, predicted_s=0.1, now_s=4.0) == [Reply(B)]
     assert machine.is_idle
 
 
@@ -51,7 +49,7 @@ def test_a_request_without_layers_here_skips_the_queue() -> None:
 def test_what_goes_on_carries_the_time_that_is_left() -> None:
     machine = NodeMachine(capacity=1)
     arrive(machine, A, remaining_s=5.0, has_next=True)
-    assert machine.computed(A, measured_s=1.0, now_s=2.0) == [Forward(A, 3.0)]
+    assert machine.computed(A, measured_s=1.0, predicted_s=0.1, now_s=2.0) == [Forward(A, 3.0)]
 
 
 def test_one_request_more_than_the_queue_holds_is_told_busy_at_once() -> None:
@@ -72,9 +70,9 @@ def test_late_work_is_dropped_and_counted_wherever_it_is() -> None:
     arrive(machine, X, remaining_s=1.0)
     assert kinds(machine.tick(0.5)) == []
     assert [i.key for i in machine.tick(1.5)] == [B, X]
-    assert kinds(machine.computed(A, measured_s=1.0, now_s=2.0)) == ["Reply"]
+    assert kinds(machine.computed(A, measured_s=1.0, predicted_s=0.1, now_s=2.0)) == ["Reply"]
     arrive(machine, A, now_s=2.0, remaining_s=1.0, has_next=True)
-    [late] = machine.computed(A, measured_s=2.0, now_s=4.0)
+    [late] = machine.computed(A, measured_s=2.0, predicted_s=0.1, now_s=4.0)
     assert isinstance(late, Refuse)
     assert not late.was_forwarded
     assert machine.counts["late"] == 4
@@ -98,7 +96,7 @@ def test_a_cancelled_request_leaves_no_trace() -> None:
     assert machine.cancel(X) == [Forget(X, was_forwarded=True)]
     assert machine.cancel(A) == []  # it runs: its end forgets it
     assert machine.is_cancelled(A)
-    assert machine.computed(A, measured_s=1.0, now_s=1.0) == [Forget(A, was_forwarded=False)]
+    assert machine.computed(A, measured_s=1.0, predicted_s=0.1, now_s=1.0) == [Forget(A, was_forwarded=False)]
     assert machine.is_idle
     assert machine.cancel(A) == []
 
@@ -132,12 +130,12 @@ def test_a_draining_node_finishes_what_it_has_and_takes_nothing_new() -> None:
     [refused] = arrive(machine, B)
     assert isinstance(refused, Refuse)
     assert refused.kind == "busy"
-    assert machine.computed(A, measured_s=0.1, now_s=1.0) == [Reply(A)]
+    assert machine.computed(A, measured_s=0.1, predicted_s=0.1, now_s=1.0) == [Reply(A)]
 
 
 def test_the_end_of_work_that_does_not_run_is_our_bug() -> None:
     with pytest.raises(AssertionError, match="ended but"):
-        NodeMachine(capacity=1).computed(A, measured_s=0.0, now_s=0.0)
+        NodeMachine(capacity=1).computed(A, measured_s=0.0, predicted_s=0.1, now_s=0.0)
 
 
 class NodeRules(RuleBasedStateMachine):
@@ -201,7 +199,7 @@ class NodeRules(RuleBasedStateMachine):
         if crashes:
             self.carry_out(self.machine.crashed(key, text="x", is_plan_fault=False, now_s=self.now_s))
         else:
-            self.carry_out(self.machine.computed(key, measured_s=0.1, now_s=self.now_s))
+            self.carry_out(self.machine.computed(key, measured_s=0.1, predicted_s=0.1, now_s=self.now_s))
 
     @precondition(lambda self: self.waiting)
     @rule(fails=st.booleans(), data=st.data())

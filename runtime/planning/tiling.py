@@ -11,11 +11,12 @@ Rows and columns never mix: every rule here is about one axis, and a region is w
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from runtime.errors import PlanError
-from runtime.planning.problem import Stage, make_stage
-from runtime.types import GraphSpec, SpatialOp, Tier, TileSpan, ValueSpec, Window
+from runtime.planning.problem import ById, Stage, find_route, make_stage
+from runtime.types import GraphSpec, Plan, SpatialOp, Tier, TileSpan, ValueSpec, Window
 
 Interval = tuple[int, int]
 """Half-open range of rows or columns."""
@@ -235,6 +236,20 @@ def find_sizes(graph: GraphSpec, ops: Iterable[SpatialOp]) -> dict[str, tuple[in
                 sizes[name] = (rows, cols)
         sizes[op.name] = op.size
     return sizes
+
+
+def find_parts(graph: GraphSpec, plan: Plan, input_kind: str) -> tuple[Part, ...]:
+    """The parts of the edge's share under a plan, in the order in which they run; cached per graph, plan and kind.
+
+    Raises:
+        PlanError: as `plan_parts`.
+    """
+    return _parts(ById(graph), find_route(graph, plan, input_kind).edge, plan.tiles)
+
+
+@lru_cache(maxsize=256)
+def _parts(graph: ById, stage: Stage, spans: tuple[TileSpan, ...]) -> tuple[Part, ...]:
+    return plan_parts(graph.spec, stage, spans)
 
 
 def plan_parts(graph: GraphSpec, stage: Stage, spans: Iterable[TileSpan]) -> tuple[Part, ...]:
