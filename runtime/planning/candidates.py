@@ -2,8 +2,8 @@
 
 A candidate is (i, j, head, tiles, codec). Over a stated sample of conditions (rates, round trips, k and q) every split
 of every head is weighed, for one request and for a stream of requests at a share of what the best split can take. The
-plans that are best somewhere form the pool, and a greedy cover keeps those with which the mean regret to the best split
-falls fastest.
+plans that are best somewhere form the pool, each also with its edge share in tiles where there are edge nodes for them,
+and a greedy cover keeps those with which the mean regret to the best falls fastest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ from runtime.errors import PlanError
 from runtime.planning.arrays import BoolArray, FloatArray, StateArrays
 from runtime.planning.conditions import Conditions, sample_conditions
 from runtime.planning.cost import predict, predict_total
+from runtime.planning.grids import tiled_plans
 from runtime.planning.problem import PlanningProblem
 from runtime.planning.rows import PlanCosts, compile_plan, compile_splits
 from runtime.planning.scan import Family, Split, find_limits, list_families, make_plan, scan, scan_stream
@@ -56,9 +57,9 @@ class Candidates:
     padding_cost: FloatArray  # (K,) larger still in the padding
     index: dict[Plan, int]
     pool_size: int
-    """Splits that were best under some condition, before the greedy cover."""
+    """Splits that were best under some condition, and these in tiles, before the greedy cover."""
     regret: float
-    """Mean of (best of these / best of all splits) - 1 over the conditions, for one request."""
+    """Mean of (best of these / best of all splits and of these in tiles) - 1 over the conditions, for one request."""
     stream_regret: float
     """The same for streams of requests."""
 
@@ -178,7 +179,7 @@ def _always(problem: PlanningProblem, families: Sequence[Family]) -> Iterator[Pl
 def _compile_pool(
     problem: PlanningProblem, kept: Sequence[Plan], splits: Sequence[Split]
 ) -> tuple[list[Plan], PlanCosts]:
-    """Make plans and rows: those kept in any case first, then the other splits, grouped by path."""
+    """Make plans and rows: those kept in any case first, then the other splits, grouped by path, then those in tiles."""
     plans = list(kept)
     parts = [compile_plan(problem, plan) for plan in kept]
     groups: dict[tuple[int, bool], list[Split]] = {}
@@ -191,4 +192,6 @@ def _compile_pool(
         i, j = np.array([split[1] for split in group]), np.array([split[2] for split in group])
         parts.append(compile_splits(problem, family.tables, i, j, family.head))
         plans += [make_plan(problem, *split) for split in group]
-    return plans, PlanCosts.stack(parts)
+    tiled = list(dict.fromkeys(other for plan in plans for other in tiled_plans(problem, plan)))
+    parts += [compile_plan(problem, plan) for plan in tiled]
+    return plans + tiled, PlanCosts.stack(parts)

@@ -182,6 +182,12 @@ def plan_tiles(graph: GraphSpec, span: TileSpan) -> Tiling:
     Raises:
         PlanError: when the span is not tileable in this graph, or the lines do not cut every output.
     """
+    return _plan_tiles(ById(graph), span)
+
+
+@lru_cache(maxsize=1024)
+def _plan_tiles(by_id: ById, span: TileSpan) -> Tiling:
+    graph = by_id.spec
     check_span(graph, span.start, span.stop)
     stage = make_stage(graph, Tier.EDGE, range(span.start, span.stop))
     ops = tuple(op for layer in graph.layers[span.start : span.stop] for op in layer.spatial)
@@ -298,6 +304,12 @@ def find_spans(graph: GraphSpec) -> tuple[TileableSpan, ...]:
     A stretch ends before any layer that is not made region by region. A span may stop wherever each value that crosses
     there and was made in the stretch has at least two rows and two columns; several values may cross.
     """
+    return _find_spans(ById(graph))
+
+
+@lru_cache(maxsize=64)
+def _find_spans(by_id: ById) -> tuple[TileableSpan, ...]:
+    graph = by_id.spec
     spans = []
     start = 0
     for index in range(graph.num_layers + 1):
