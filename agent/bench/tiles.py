@@ -100,20 +100,20 @@ def _measure(report: Report, model: Model, case: str, num_nodes: int, rounds: in
                     times[name].head_s.append(result.latency.compute_s["edge0"])
                     times[name].total_s.append(result.latency.total_s)
     for name, measured in times.items():
-        report.add(case, f"{name} min", min(measured.head_s) * 1e3, "ms")
-        report.add(case, f"{name} p50", statistics.median(measured.head_s) * 1e3, "ms")
-        report.add(case, f"{name} end to end p50", statistics.median(measured.total_s) * 1e3, "ms")
+        report.add(f"{case}, {name}", "layers min", min(measured.head_s) * 1e3, "ms")
+        report.add(f"{case}, {name}", "layers p50", statistics.median(measured.head_s) * 1e3, "ms")
+        report.add(f"{case}, {name}", "end to end p50", statistics.median(measured.total_s) * 1e3, "ms")
     speedup = min(times["whole"].head_s) / min(times["tiled"].head_s)
-    report.add(case, "speedup", speedup, "")
-    report.add(case, "p50 speedup", _ratio(statistics.median, times, "head_s"), "")
-    report.add(case, "end to end speedup", _ratio(statistics.median, times, "total_s"), "")
-    report.add(case, "predicted speedup", choice.untiled_s / choice.total_s, "")
-    report.add(case, "spans", len(choice.spans), "")
+    report.add(f"{case}, tiled", "speedup min", speedup, "")
+    report.add(f"{case}, tiled", "speedup p50", _ratio(times, "head_s"), "")
+    report.add(f"{case}, tiled", "end to end speedup", _ratio(times, "total_s"), "")
+    report.add(f"{case}, tiled", "predicted speedup", choice.untiled_s / choice.total_s, "")
     return speedup
 
 
-def _ratio(pick: Callable[[list[float]], float], times: Mapping[str, _Times], what: str) -> float:
-    return pick(getattr(times["whole"], what)) / pick(getattr(times["tiled"], what))
+def _ratio(times: Mapping[str, _Times], what: str) -> float:
+    """Whole over tiled, of the medians."""
+    return statistics.median(getattr(times["whole"], what)) / statistics.median(getattr(times["tiled"], what))
 
 
 def _choose(session: Session, names: tuple[str, ...], model: Model) -> tuple[TileChoice, dict[str, Plan]]:
@@ -190,6 +190,7 @@ def _measure_threads(report: Report, model: Model, case: str, rounds: int) -> No
     finally:
         torch.set_num_threads(1)
     for threads, samples in seconds.items():
-        report.add(f"{case}, {threads} threads, no wire", "whole min", min(samples[1:]) * 1e3, "ms")
-        report.add(f"{case}, {threads} threads, no wire", "whole p50", statistics.median(samples[1:]) * 1e3, "ms")
-    report.add(f"{case}, 2 threads, no wire", "speedup", min(seconds[1]) / min(seconds[2]), "")
+        case_ = f"{case}, {threads} thread{'s' if threads > 1 else ''}, no wire"
+        report.add(case_, "layers min", min(samples[1:]) * 1e3, "ms")
+        report.add(case_, "layers p50", statistics.median(samples[1:]) * 1e3, "ms")
+        report.add(case_, "speedup min", min(seconds[1][1:]) / min(samples[1:]), "")

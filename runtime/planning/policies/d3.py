@@ -209,7 +209,7 @@ class TiledD3Policy:
         self._plan, self._up = None, ()
 
 
-_ARRAYS = {last_value: last_value_arrays, tuned: tuned_arrays}
+_ARRAYS: dict[Estimator, ArrayEstimator] = {last_value: last_value_arrays, tuned: tuned_arrays}
 
 
 def build_d3(problem: PlanningProblem, estimator: Estimator = last_value) -> Policy:
