@@ -162,6 +162,8 @@ def test_tiles_are_chosen_where_they_pay_and_left_where_not(rule: str) -> None:
     assert choose(state_of(problem, between_edges_bps=2e5)).tiles == ()
     assert choose(state_of(problem, down=("edge1",))).edge_nodes == ("edge0",)
     assert choose(state_of(problem, k={"edge1": 50.0})).tiles == ()
+    strangers = tuple(x for x in fast.links if DEVICE_NODE in (x.source, x.target))  # the edge nodes told of no other
+    assert choose(replace(fast, links=strangers)).tiles == ()
 
 
 def test_d3_takes_the_labels_of_hpa_and_hpa_alone_cuts_no_tiles() -> None:

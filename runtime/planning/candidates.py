@@ -54,6 +54,7 @@ class Candidates:
     costs: PlanCosts  # K rows
     num_plans: int
     down_cost: FloatArray  # (N, K) large for every node that a plan needs
+    link_cost: FloatArray  # (L, K) the same for every link from a head to a node that runs tiles for it
     padding_cost: FloatArray  # (K,) larger still in the padding
     index: dict[Plan, int]
     pool_size: int
@@ -64,7 +65,7 @@ class Candidates:
     """The same for streams of requests."""
 
     def mask(self, state: StateArrays) -> BoolArray:
-        """Which candidates may be chosen, shape (B, K): the legal ones whose nodes are all up.
+        """Which candidates may be chosen, shape (B, K): the legal ones whose nodes are all up, and connected for tiles.
 
         Where there is none, because the device holds no model and no node is up, the legal ones that need the fewest
         nodes that are down.
@@ -77,6 +78,8 @@ class Candidates:
         """What to add to the candidates' costs so that a minimum obeys `mask`, shape (B, K): 0 where it allows."""
         down = 1.0 - state.is_up
         penalty: FloatArray = down @ self.down_cost + self.padding_cost
+        if self.costs.tiles is not None:
+            penalty += np.isnan(state.rtt_s) @ self.link_cost  # a node knows no round trip to where it is not connected
         return penalty
 
 
@@ -112,6 +115,7 @@ def candidates(problem: PlanningProblem) -> Candidates:
         costs=costs.take(rows),
         num_plans=len(chosen),
         down_cost=costs.full("needs")[rows].T * _DOWN_COST,
+        link_cost=costs.full("needs_links")[rows].T * _DOWN_COST,
         padding_cost=np.where(np.arange(NUM_CANDIDATES) < len(chosen), 0.0, _DOWN_COST**2),
         index={plan: index for index, plan in enumerate(picked[: len(chosen)])},
         pool_size=len(plans),

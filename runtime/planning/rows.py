@@ -47,6 +47,7 @@ class PlanCosts:
     is_relayed: BoolArray  # (K,) where the head passes everything on as it came
     message_s: FloatArray  # (K,) fixed seconds of all messages
     needs: FloatArray  # (K, N) 1 for every node that must be up
+    needs_links: FloatArray  # (K, L) 1 for every link from a head to a node that runs tiles for it
 
     has_relays: bool
     sends_input: bool
@@ -200,6 +201,8 @@ def _rows(
     s_per_byte = np.zeros(NUM_HOPS)
     needs = np.zeros(len(layout.nodes))
     needs[[layout.node_slot[name] for name in (*path, *peers)]] = 1.0
+    needs_links = np.zeros(len(layout.links))
+    needs_links[[layout.link_slot[path[1], peer] for peer in peers]] = 1.0
     tiers = _tiers_of(problem, path)
     for hop, (near, far) in enumerate(itertools.pairwise(path)):
         back = NUM_HOPS - 1 - hop
@@ -228,6 +231,7 @@ def _rows(
         # Two messages per hop, out and back.
         "message_s": np.array([2.0 * sum(profile.fixed_s for profile in profiles[1:])]),
         "needs": needs[None],
+        "needs_links": needs_links[None],
     }
     return _make_costs(layout, columns_by_name, tiles)
 

@@ -191,8 +191,9 @@ class TiledD3Policy:
         plans, costs = self._choices_of(base)
         arrays = encode_states(costs.layout, (state,))
         seconds = predict_total(costs, self.array_estimator(arrays), arrays)[0]
-        is_reached = costs.full("needs") @ (1.0 - arrays.is_up[0]) == 0.0
-        seconds = np.where(is_reached & np.isfinite(seconds), seconds, np.inf)
+        missing = costs.full("needs") @ (1.0 - arrays.is_up[0])
+        missing += costs.full("needs_links") @ np.isnan(arrays.rtt_s[0])  # edge nodes that do not know each other
+        seconds = np.where((missing == 0.0) & np.isfinite(seconds), seconds, np.inf)
         return plans[int(seconds.argmin())]  # the first is the base
 
     def _choices_of(self, base: Plan) -> tuple[tuple[Plan, ...], PlanCosts]:
