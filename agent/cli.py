@@ -69,7 +69,7 @@ def run(command: Config) -> None:
     """Run one parsed command; heavy libraries are imported here, so that `--help` and `keys` stay quick."""
     match command:
         case WorkerConfig():
-            from runtime.node.worker import run_worker
+            from runtime.node.run import run_worker
 
             run_worker(command)
         case InferConfig():

@@ -54,6 +54,9 @@ LOAD_HZ = 1.0
 KILL_AFTER_S = 0.1
 """Into the first request of its phase."""
 
+TILE_ERROR_FRAC = 1e-3
+"""Largest error behind tiles, relative to the largest output: kernels sum in another order. As the models' tests have it."""
+
 DEADLINE_S = 2.0
 BACK_S = 120.0
 
@@ -102,7 +105,7 @@ def run_demo(config: DemoConfig) -> bool:
     """Run the demo and print its tables.
 
     Returns:
-        Whether every output equals the whole model's.
+        Whether every output equals the whole model's: to the bit, or within rounding where tiles ran.
     """
     torch.set_num_threads(1)
     console = Console()
@@ -220,13 +223,15 @@ def _come_back(cluster: Cluster, session: Session) -> None:
 
 def _sample(phase: str, rule: str, at_s: float, result: InferenceResult, whole: Any) -> Sample:
     assert result.latency is not None  # infer raises when there is no answer
+    error, is_equal = output_error(result.output, whole)
     return Sample(
         phase=phase,
         rule=rule,
         at_s=at_s,
         latency=result.latency,
         outcome=result.outcome,
-        is_equal=output_error(result.output, whole)[1],
+        is_equal=is_equal,
+        is_right=is_equal or (bool(result.plan.tiles) and error <= TILE_ERROR_FRAC * float(whole.abs().max())),
         is_in_time=result.deadline_met,
         plan=result.plan.describe(),
     )
@@ -275,9 +280,11 @@ def _report(
     late = sum(not sample.is_in_time for sample in samples)
     if late:
         console.print(f"[yellow]{late} of {len(samples)} answers came after the deadline of {DEADLINE_S:g} s.[/yellow]")
-    wrong = sum(not sample.is_equal for sample in samples)
+    wrong = sum(not sample.is_right for sample in samples)
+    equal = sum(sample.is_equal for sample in samples)
     if wrong:
         console.print(f"[red]{wrong} outputs differ from the whole model's: that is a bug.[/red]")
     else:
-        console.print(f"[green]All {len(samples)} outputs equal the whole model's, bit for bit.[/green]")
+        tiled = f": {equal} bit for bit, those in tiles within rounding" if equal < len(samples) else ", bit for bit"
+        console.print(f"[green]All {len(samples)} outputs equal the whole model's{tiled}.[/green]")
     return not wrong

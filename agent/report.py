@@ -18,7 +18,8 @@ class Sample:
     at_s: float  # on the experiment's clock
     latency: LatencyBreakdown
     outcome: str
-    is_equal: bool
+    is_equal: bool  # to the whole model's output, to the bit
+    is_right: bool  # equal; where tiles ran, within rounding
     is_in_time: bool
     plan: str
 

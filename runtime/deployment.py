@@ -435,10 +435,10 @@ def _check_link(index: int, link: LinkConfig, deployment: "Deployment") -> None:
         if name not in tiers:
             raise _FieldError(path, f"expected ends among {list(tiers)}, got {name!r}{_suggestion(name, tiers)}")
     near, far = link.between
-    if not tiers[near] < tiers[far]:
+    if not (tiers[near] < tiers[far] or (tiers[near] is tiers[far] is Tier.EDGE and near != far)):
         got = f"{tiers[near].label} - {tiers[far].label}"
-        raise _FieldError(path, f"expected device - edge, device - cloud or edge - cloud, got {got}")
-    if any(other.between == link.between for other in deployment.links[:index]):
+        raise _FieldError(path, f"expected device - edge, device - cloud, edge - edge or edge - cloud, got {got}")
+    if any(set(other.between) == set(link.between) for other in deployment.links[:index]):
         raise _FieldError(path, f"expected every link once, got {near} - {far} twice")
 
 

@@ -129,11 +129,11 @@ class LinkConfig:
     """One link, as a test bed emulates it; real machines are connected by what there is."""
 
     between: tuple[str, str]
-    """Its two ends, the one nearer to the device first."""
+    """Its two ends, the one nearer to the device first; two edge nodes in any order."""
     emulate: LinkEmulation
-    """Both directions, or the outward one when `back` is given."""
+    """Both directions, or the one from the first end to the second when `back` is given."""
     back: LinkEmulation | None = None
-    """The direction towards the device; None: like `emulate`."""
+    """The direction from the second end to the first; None: like `emulate`."""
 
 
 def _is_number(value: object) -> bool:

@@ -50,6 +50,15 @@ class TileSpan:
     row_lines: tuple[int, ...]  # ascending inner cut positions in the rows of the span's output
     col_lines: tuple[int, ...]  # ascending inner cut positions in its columns
 
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the grid."""
+        return (len(self.row_lines) + 1) * (len(self.col_lines) + 1)
+
+    def describe(self) -> str:
+        """Give a short text, such as `[2:9) 2x1`: layers, then rows by columns of tiles."""
+        return f"[{self.start}:{self.stop}) {len(self.row_lines) + 1}x{len(self.col_lines) + 1}"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -99,7 +108,7 @@ class Plan:
         return tier in self.tiers
 
     def describe(self) -> str:
-        """Give a short text for tables, such as `device[0:10) edge0[10:20) cloud[20:22)`."""
+        """Give a short text for tables, such as `device[0:10) edge0[10:20) cloud[20:22)`; tiles stand behind."""
         parts = []
         start = 0
         for stop in range(1, len(self.tiers) + 1):
@@ -109,7 +118,10 @@ class Plan:
                 parts.append(f"{name}[{start}:{stop})")
                 start = stop
         through = f" via {self.head}" if self.head and not self.uses(Tier.EDGE) else ""
-        return " ".join(parts) + through
+        text = " ".join(parts) + through
+        if self.tiles:
+            text += f", tiles {' '.join(span.describe() for span in self.tiles)} on {'+'.join(self.edge_nodes)}"
+        return text
 
 
 def _as_tiers(tiers: object) -> tuple[Tier, ...]:

@@ -13,6 +13,7 @@ from agent.bench.plan import PlanConfig, run_plan
 from agent.bench.recovery import RecoveryConfig, run_recovery
 from agent.bench.split import SplitConfig, run_split
 from agent.bench.testbed import TestbedConfig, run_testbed
+from agent.bench.tiles import TilesConfig, run_tiles
 
 if __name__ == "__main__":
     config = tyro.extras.subcommand_cli_from_dict(
@@ -22,9 +23,10 @@ if __name__ == "__main__":
             "recovery": RecoveryConfig,
             "split": SplitConfig,
             "testbed": TestbedConfig,
+            "tiles": TilesConfig,
         }
     )
-    assert isinstance(config, EchoConfig | PlanConfig | RecoveryConfig | SplitConfig | TestbedConfig)
+    assert isinstance(config, EchoConfig | PlanConfig | RecoveryConfig | SplitConfig | TestbedConfig | TilesConfig)
     match config:
         case EchoConfig():
             report = run_echo(config)
@@ -36,6 +38,8 @@ if __name__ == "__main__":
             report = run_split(config)
         case TestbedConfig():
             report = run_testbed(config)
+        case TilesConfig():
+            report = run_tiles(config)
     report.show(Console(width=max(Console().width, 120)))
     if config.json is not None:
         report.write(config.json)

@@ -206,3 +206,27 @@ class Attention(nn.Module):
 
 def attention() -> tuple[nn.Module, torch.Tensor]:
     return Attention(), example()
+
+
+class Gated(nn.Module):
+    """Two tileable stretches: a gate between them looks at whole maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.deep = nn.Conv2d(8, 8, 3, padding=1)
+        self.mean = nn.AdaptiveAvgPool2d(1)
+        self.squeeze = nn.Conv2d(8, 8, 1)
+        self.body = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16 * 4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.deep(torch.relu(self.stem(x))))
+        x = x * torch.sigmoid(self.squeeze(self.mean(x)))
+        x = torch.relu(self.last(torch.relu(self.body(x))))
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+def gated() -> tuple[nn.Module, torch.Tensor]:
+    return Gated(), example()

@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 70
 PRINTS = {
     "agent/cli.py": None,
     "runtime/node/commands.py": 1,
-    "runtime/node/worker.py": 2,
+    "runtime/node/run.py": 2,
     "runtime/testbed/load.py": 1,
     "runtime/testbed/shaping.py": 2,
 }

@@ -15,7 +15,7 @@ from runtime.model.segment import Segment, Stopped
 from runtime.model.zoo import load_model
 from runtime.node.config import WorkerConfig
 from runtime.node.emulation import Emulator
-from runtime.node.job import HostedModel
+from runtime.node.hosted import HostedModel
 from runtime.planning.problem import find_route
 from runtime.presets import PRESETS, LinkEmulation, NodeEmulation
 from runtime.types import Plan, Tier

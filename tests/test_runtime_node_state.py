@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from runtime.node.load import LOAD_FACTOR_MAX, WINDOW_S, NodeLoad
-from runtime.node.state import Forget, Forward, Instruction, Key, NodeMachine, Refuse, Reply, Run
+from runtime.node.state import Forget, Forward, Instruction, Key, NodeMachine, Refuse, Reply, Resume, Run
 
 A: Key = ("a", 1)
 B: Key = ("a", 2)
@@ -22,9 +22,7 @@ def arrive(
     has_compute: bool = True,
     has_next: bool = False,
 ) -> list[Instruction]:
-    return machine.arrive(
-        key, remaining_s=remaining_s, has_compute=has_compute, has_next=has_next, predicted_s=0.1, now_s=now_s
-    )
+    return machine.arrive(key, remaining_s=remaining_s, has_compute=has_compute, has_next=has_next, now_s=now_s)
 
 
 def kinds(instructions: list[Instruction]) -> list[str]:
@@ -36,8 +34,8 @@ def test_the_first_request_runs_at_once_and_the_next_when_it_is_done() -> None:
     assert arrive(machine, A) == [Run(A, 0.0)]
     assert arrive(machine, B, now_s=1.0) == []
     assert machine.queue_length == 2
-    assert machine.computed(A, measured_s=0.1, now_s=3.0) == [Reply(A), Run(B, 2.0)]
-    assert machine.computed(B, measured_s=0.1, now_s=4.0) == [Reply(B)]
+    assert machine.computed(A, measured_s=0.1, predicted_s=0.1, now_s=3.0) == [Reply(A), Run(B, 2.0)]
+    assert machine.computed(B, measured_s=0.1, predicted_s=0.1, now_s=4.0) == [Reply(B)]
     assert machine.is_idle
 
 
@@ -51,7 +49,46 @@ def test_a_request_without_layers_here_skips_the_queue() -> None:
 def test_what_goes_on_carries_the_time_that_is_left() -> None:
     machine = NodeMachine(capacity=1)
     arrive(machine, A, remaining_s=5.0, has_next=True)
-    assert machine.computed(A, measured_s=1.0, now_s=2.0) == [Forward(A, 3.0)]
+    assert machine.computed(A, measured_s=1.0, predicted_s=0.1, now_s=2.0) == [Forward(A, 3.0)]
+
+
+def test_a_request_that_gathers_tiles_leaves_the_processor_and_goes_on_ahead_of_the_queue() -> None:
+    machine = NodeMachine(capacity=4)
+    for key in (A, B, X):
+        arrive(machine, key)
+    assert machine.scattered(A, is_gathered=False, now_s=1.0) == [Run(B, 1.0)]
+    assert machine.gathered(A, now_s=1.5) == []
+    assert machine.gathered(A, now_s=1.6) == []  # told twice
+    assert machine.queue_length == 3
+    assert machine.computed(B, measured_s=0.1, predicted_s=0.1, now_s=2.0) == [Reply(B), Resume(A)]
+    assert machine.scattered(A, is_gathered=True, now_s=3.0) == [Resume(A)]
+    assert machine.computed(A, measured_s=0.1, predicted_s=0.1, now_s=4.0) == [Reply(A), Run(X, 4.0)]
+
+
+def test_tiles_that_are_back_before_the_own_one_are_no_event() -> None:
+    machine = NodeMachine(capacity=4)
+    arrive(machine, A)
+    assert machine.gathered(A, now_s=0.5) == []
+    assert machine.scattered(A, is_gathered=True, now_s=1.0) == [Resume(A)]
+
+
+def test_a_request_that_gathers_can_be_late_and_cancelled_and_counts_against_the_capacity() -> None:
+    machine = NodeMachine(capacity=1)
+    arrive(machine, A, remaining_s=2.0)
+    machine.scattered(A, is_gathered=False, now_s=1.0)
+    [busy] = arrive(machine, B, now_s=1.0)
+    assert isinstance(busy, Refuse)
+    assert busy.kind == "busy"
+    [late] = machine.tick(3.0)
+    assert isinstance(late, Refuse)
+    assert (late.key, late.kind, late.was_forwarded) == (A, "late", False)
+    arrive(machine, B, now_s=3.0)
+    machine.scattered(B, is_gathered=False, now_s=4.0)
+    assert machine.cancel(B) == [Forget(B, was_forwarded=False)]
+    arrive(machine, X, now_s=4.0)
+    assert machine.cancel(X) == []
+    assert machine.scattered(X, is_gathered=False, now_s=5.0) == [Forget(X, was_forwarded=False)]
+    assert machine.is_idle
 
 
 def test_one_request_more_than_the_queue_holds_is_told_busy_at_once() -> None:
@@ -72,9 +109,9 @@ def test_late_work_is_dropped_and_counted_wherever_it_is() -> None:
     arrive(machine, X, remaining_s=1.0)
     assert kinds(machine.tick(0.5)) == []
     assert [i.key for i in machine.tick(1.5)] == [B, X]
-    assert kinds(machine.computed(A, measured_s=1.0, now_s=2.0)) == ["Reply"]
+    assert kinds(machine.computed(A, measured_s=1.0, predicted_s=0.1, now_s=2.0)) == ["Reply"]
     arrive(machine, A, now_s=2.0, remaining_s=1.0, has_next=True)
-    [late] = machine.computed(A, measured_s=2.0, now_s=4.0)
+    [late] = machine.computed(A, measured_s=2.0, predicted_s=0.1, now_s=4.0)
     assert isinstance(late, Refuse)
     assert not late.was_forwarded
     assert machine.counts["late"] == 4
@@ -98,7 +135,7 @@ def test_a_cancelled_request_leaves_no_trace() -> None:
     assert machine.cancel(X) == [Forget(X, was_forwarded=True)]
     assert machine.cancel(A) == []  # it runs: its end forgets it
     assert machine.is_cancelled(A)
-    assert machine.computed(A, measured_s=1.0, now_s=1.0) == [Forget(A, was_forwarded=False)]
+    assert machine.computed(A, measured_s=1.0, predicted_s=0.1, now_s=1.0) == [Forget(A, was_forwarded=False)]
     assert machine.is_idle
     assert machine.cancel(A) == []
 
@@ -132,12 +169,12 @@ def test_a_draining_node_finishes_what_it_has_and_takes_nothing_new() -> None:
     [refused] = arrive(machine, B)
     assert isinstance(refused, Refuse)
     assert refused.kind == "busy"
-    assert machine.computed(A, measured_s=0.1, now_s=1.0) == [Reply(A)]
+    assert machine.computed(A, measured_s=0.1, predicted_s=0.1, now_s=1.0) == [Reply(A)]
 
 
 def test_the_end_of_work_that_does_not_run_is_our_bug() -> None:
     with pytest.raises(AssertionError, match="ended but"):
-        NodeMachine(capacity=1).computed(A, measured_s=0.0, now_s=0.0)
+        NodeMachine(capacity=1).computed(A, measured_s=0.0, predicted_s=0.1, now_s=0.0)
 
 
 class NodeRules(RuleBasedStateMachine):
@@ -152,6 +189,8 @@ class NodeRules(RuleBasedStateMachine):
         self.queued: list[Key] = []
         self.running: Key | None = None
         self.waiting: set[Key] = set()
+        self.gathering: set[Key] = set()
+        self.ready: list[Key] = []
 
     def carry_out(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
@@ -159,8 +198,14 @@ class NodeRules(RuleBasedStateMachine):
             if isinstance(instruction, Run):
                 assert self.running is None
                 self.running = key
+                assert not self.ready  # what has begun goes on before anything new
                 assert self.queued[0] == key  # first in, first out
                 self.queued.remove(key)
+            elif isinstance(instruction, Resume):
+                assert self.running is None
+                self.running = key
+                assert self.ready[0] == key
+                self.ready.remove(key)
             elif isinstance(instruction, Forward):
                 self.queued = [k for k in self.queued if k != key]
                 self.waiting.add(key)
@@ -168,6 +213,8 @@ class NodeRules(RuleBasedStateMachine):
                 assert key in self.open
                 self.open.remove(key)
                 self.waiting.discard(key)
+                self.gathering.discard(key)
+                self.ready = [k for k in self.ready if k != key]
                 self.queued = [k for k in self.queued if k != key]
 
     @rule(
@@ -201,7 +248,23 @@ class NodeRules(RuleBasedStateMachine):
         if crashes:
             self.carry_out(self.machine.crashed(key, text="x", is_plan_fault=False, now_s=self.now_s))
         else:
-            self.carry_out(self.machine.computed(key, measured_s=0.1, now_s=self.now_s))
+            self.carry_out(self.machine.computed(key, measured_s=0.1, predicted_s=0.1, now_s=self.now_s))
+
+    @precondition(lambda self: self.running is not None)
+    @rule(is_gathered=st.booleans())
+    def running_scatters(self, is_gathered: bool) -> None:
+        key, self.running = self.running, None
+        assert key is not None
+        (self.ready.append if is_gathered else self.gathering.add)(key)
+        self.carry_out(self.machine.scattered(key, is_gathered=is_gathered, now_s=self.now_s))
+
+    @precondition(lambda self: self.gathering)
+    @rule(data=st.data())
+    def tiles_are_back(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.gathering)))
+        self.gathering.remove(key)
+        self.ready.append(key)
+        self.carry_out(self.machine.gathered(key, now_s=self.now_s))
 
     @precondition(lambda self: self.waiting)
     @rule(fails=st.booleans(), data=st.data())

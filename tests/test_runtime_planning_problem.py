@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -6,8 +7,9 @@ from hypothesis import strategies as st
 
 from runtime.errors import PlanError
 from runtime.planning.problem import check_plan, find_route, make_stage
-from runtime.types import Constraints, GraphSpec, Plan, Tier, TileSpan
+from runtime.types import Constraints, GraphSpec, Plan, SpatialOp, Tier, TileSpan, Window
 from tests.graphs import RESIDUAL, chain, make_graph, make_problem
+from tests.nets import spatial_graph
 
 D, E, C = Tier.DEVICE, Tier.EDGE, Tier.CLOUD
 
@@ -119,7 +121,8 @@ def test_a_stage_needs_what_others_made_and_makes_what_others_read() -> None:
         (Plan((D, E, C), ("edge0", "edge0")), "every edge node once"),
         (Plan((D, D, C), codec="zip"), "expected a codec among"),
         (Plan((D, D, C), codec="int8"), "lossless_only"),
-        (Plan((D, E, C), ("edge0",), (TileSpan(0, 2, (4,), ()),)), "not a tileable span"),
+        (Plan((D, E, C), ("edge0",), (TileSpan(1, 2, (4,), ()),)), "an edge node for each, got 2 tiles"),
+        (Plan((D, E, C), ("edge0",), (TileSpan(1, 2, (), ()),)), "expected two tiles or more"),
     ],
 )
 def test_an_illegal_plan_is_refused_with_what_would_be_legal(plan: Plan, message: str) -> None:
@@ -168,3 +171,27 @@ def test_split_refuses_points_out_of_order() -> None:
 def test_a_plan_describes_itself_by_ranges() -> None:
     assert Plan.split(6, 2, 4, edge_nodes=("edge1",)).describe() == "device[0:2) edge1[2:4) cloud[4:6)"
     assert Plan.split(6, 2, 2, edge_nodes=("edge1",)).describe() == "device[0:2) cloud[2:6) via edge1"
+
+
+def test_tiles_must_be_tileable_in_order_inside_the_edges_share_and_have_a_node_each() -> None:
+    op = SpatialOp("v1", ("v0",), (8, 8), (Window(3, 1, 1), Window(3, 1, 1)), 1.0)
+    graph = spatial_graph((8, 8), [replace(op, name=f"v{i}", reads=(f"v{i - 1}" if i else "x",)) for i in range(4)])
+    problem = make_problem(graph, edges=2)
+    tiers = (D, E, E, C)
+    first, second = TileSpan(1, 2, (4,), ()), TileSpan(2, 3, (), (3,))
+    plan = Plan(tiers, ("edge0", "edge1"), (first, second))
+    assert check_plan(problem, plan) == plan
+    assert plan.describe() == ("device[0:1) edge0[1:3) cloud[3:4), tiles [1:2) 2x1 [2:3) 1x2 on edge0+edge1")
+    for changes, message in (
+        ({"tiles": (second, first)}, "in ascending order"),
+        ({"tiles": (TileSpan(0, 2, (4,), ()),)}, "inside the layers 1 to 2 of edge"),
+        ({"tiles": (TileSpan(1, 5, (4,), ()),)}, r"inside the layers 1 to 2 of edge"),
+        ({"tiles": (TileSpan(1, 3, (9,), ()),)}, "expected ascending lines that cut the 8 rows"),
+        ({"tiles": (TileSpan(1, 3, (2, 4), ()),)}, "got 3 tiles on"),
+        ({"edge_nodes": ("edge0",)}, "name more edge_nodes or use fewer lines"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            check_plan(problem, replace(plan, **changes))
+    dense = make_problem(chain(4), edges=2)
+    with pytest.raises(PlanError, match=r"layers 1 to 2 are not a tileable span of this model \(tileable: none"):
+        check_plan(dense, plan)

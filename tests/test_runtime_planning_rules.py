@@ -288,7 +288,7 @@ def relabel(policy: d3.D3Policy, state: SystemState) -> Plan:
 def test_hpa_is_optimal_on_chains(seed: int) -> None:
     problem = random_problem(seed, 20, is_chain=True)
     state = with_load(random_state(problem, seed), 2.0, 0.0)
-    plan = d3.build_d3(problem).plan(state)
+    plan = d3.build_hpa(problem).plan(state)
     assert predict_s(problem, plan, state) == pytest.approx(build_optimal(problem).solve(state)[1], rel=1e-3)
 
 
@@ -297,7 +297,7 @@ def test_hpa_is_optimal_on_chains(seed: int) -> None:
 def test_the_order_holds_after_full_runs_and_after_local_updates(seed: int, private: bool) -> None:
     limits = Constraints(private_input=private)
     problem = random_problem(seed, 25, constraints=limits, has_stage=True, input_kind="image")
-    policy = d3.build_d3(problem)
+    policy = d3.build_hpa(problem)
     for step in range(4):
         plan = relabel(policy, random_state(problem, seed + step))
         assert check_plan(problem, plan) == plan
@@ -308,7 +308,7 @@ def test_a_local_update_labels_fewer_layers_than_a_full_run_and_is_about_as_good
     for seed in range(20):
         problem = random_problem(seed, 60)
         first, then = random_state(problem, seed), with_rate(random_state(problem, seed), 0.5)
-        policy, fresh = d3.build_d3(problem), d3.build_d3(problem)
+        policy, fresh = d3.build_hpa(problem), d3.build_hpa(problem)
         policy.plan(first)
         full = policy.num_touched
         for _ in range(d3.MIN_DWELL - 1):
@@ -327,10 +327,10 @@ def test_small_changes_short_ones_and_recent_labels_keep_the_plan() -> None:
         problem = random_problem(seed, 20, is_chain=True)
         state = random_state(problem, seed)
         slow = with_rate(state, 0.05)
-        before, after = (d3.build_d3(problem).plan(x) for x in (state, slow))
+        before, after = (d3.build_hpa(problem).plan(x) for x in (state, slow))
         if before != after:
             break
-    policy = d3.build_d3(problem)
+    policy = d3.build_hpa(problem)
     plans = [policy.plan(state), *(policy.plan(with_rate(state, 1 - 0.9 * d3.THRESHOLD)) for _ in range(20))]
     assert set(plans) == {before}  # within the thresholds
     for _ in range(5):
@@ -348,7 +348,7 @@ def test_small_changes_short_ones_and_recent_labels_keep_the_plan() -> None:
 def test_the_gap_to_the_optimum_is_logged_when_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     problem = random_problem(5, 30)
     state = random_state(problem, 5)
-    policy = d3.build_d3(problem)
+    policy = d3.build_hpa(problem)
     with caplog.at_level(logging.DEBUG, logger=d3.__name__):
         policy.plan(state)
     assert "above the optimum" in caplog.text
@@ -374,11 +374,11 @@ def test_a_sibling_follows_to_a_tier_that_its_inputs_have_reached() -> None:
     }
     problem = replace(plain, profile=ModelProfile(graph, nodes))
     links = tuple(LinkState(a, b, (LinkSample(0.1, 8e6),), 8e6, 0.001) for a, b in link_ends(problem))  # 0.1 s a tensor
-    assert d3.build_d3(problem).plan(make_state(problem, links=links)).tiers == (Tier.EDGE,) * 3
+    assert d3.build_hpa(problem).plan(make_state(problem, links=links)).tiers == (Tier.EDGE,) * 3
     alone = replace(
         problem, profile=ModelProfile(graph, {**nodes, "edge0": NodeProfile((0.02, 0.005, 0.001), 1e9, 1e9)})
     )
-    assert d3.build_d3(alone).plan(make_state(alone, links=links)).tiers == (Tier.DEVICE, Tier.EDGE, Tier.EDGE)
+    assert d3.build_hpa(alone).plan(make_state(alone, links=links)).tiers == (Tier.DEVICE, Tier.EDGE, Tier.EDGE)
 
 
 def test_the_rules_that_were_published_differ_where_they_should() -> None:

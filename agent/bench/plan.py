@@ -119,7 +119,7 @@ class _UpdateTimer:
     """
 
     def __init__(self, problem: PlanningProblem, states: list[SystemState]) -> None:
-        policy = load_policy("d3").build(problem)
+        policy = load_policy("d3-hpa").build(problem)
         assert isinstance(policy, D3Policy)
         self._policy = policy
         self._shown = [x for state in states for changed in _changes(state) for x in (state, changed, state)]

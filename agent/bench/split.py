@@ -18,7 +18,7 @@ from agent.bench.report import Bar, Report
 from runtime.deployment import ModelConfig
 from runtime.device.session import Session
 from runtime.node.emulation import Emulator
-from runtime.node.job import HostedModel
+from runtime.node.hosted import HostedModel
 from runtime.planning.cost import value_bytes
 from runtime.planning.policies.registry import fixed_policy
 from runtime.planning.problem import Route, find_route

@@ -18,7 +18,7 @@ from agent.bench.report import Bar, Report
 from runtime.deployment import ModelConfig
 from runtime.device.session import Session
 from runtime.node.emulation import Emulator
-from runtime.node.job import HostedModel
+from runtime.node.hosted import HostedModel
 from runtime.planning.policies.registry import load_policy
 from runtime.planning.problem import make_stage
 from runtime.presets import NodeEmulation

@@ -20,7 +20,7 @@ from runtime.device.contacts import Contact, Contacts
 from runtime.device.request import Answer, Request, local_breakdown, remote_breakdown
 from runtime.errors import DeadlineExceeded, NodeBusy, NodeError, OffcutError, PeerClosed
 from runtime.node.executor import Done, Executor
-from runtime.node.job import HostedModel
+from runtime.node.hosted import HostedModel
 from runtime.planning.cost import sum_layers
 from runtime.planning.problem import find_route, make_stage
 from runtime.types import DEVICE_NODE, LatencyBreakdown, Plan, Tier
@@ -425,6 +425,7 @@ class Client:
             self.contacts.board.hear_reply(name, hop.state, received_at_s)
         latency: LatencyBreakdown = remote_breakdown(request, result.hops, names, received_at_s, time.perf_counter())
         request.is_remote = False
+        request.reason = "; ".join(filter(None, (request.reason, *(hop.reason for hop in result.hops))))
         self._end(request, Answer({**request.values, **outputs}, latency, "remote", request.reason))
 
     # --- endings ----------------------------------------------------------------------------------------------------

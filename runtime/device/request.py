@@ -105,7 +105,8 @@ def remote_breakdown(
     """Where the time of a request went that came back from the nodes.
 
     Uploads are measured by acknowledgement; the way back is what remains of the time between sending and receiving
-    after the node's own residence, so no clock of another machine is read.
+    after the node's own residence, so no clock of another machine is read. What a head waits for tiles of other edge
+    nodes counts as its computing.
 
     Args:
         request: the request.
@@ -119,12 +120,12 @@ def remote_breakdown(
     near, upload_s = DEVICE_NODE, request.upload_s
     outside_s = received_at_s - request.sent_at_s - request.upload_wait_s
     for hop, name in zip(hops, names, strict=True):
-        compute[name] = hop.compute_s
+        compute[name] = hop.compute_s + hop.tiles_s
         # The acknowledgement may have been slower than the tensors: both ways together are known better than one.
         both_ways_s = max(outside_s - hop.residence_s, 0.0)
         transfer[f"{near}>{name}"] = min(upload_s, both_ways_s)
         transfer[f"{name}>{near}"] = both_ways_s - min(upload_s, both_ways_s)
-        outside_s = hop.residence_s - hop.queue_s - hop.compute_s - hop.codec_s
+        outside_s = hop.residence_s - hop.queue_s - compute[name] - hop.codec_s
         near, upload_s = name, hop.upload_s
     codec_s = request.codec_s + math.fsum(hop.codec_s for hop in hops) + (now_s - received_at_s)
     queueing_s = request.device_queue_s + request.upload_wait_s + math.fsum(hop.queue_s for hop in hops)

@@ -25,7 +25,7 @@ from runtime.errors import ConfigError, InputError, OffcutError, PeerTimeout
 from runtime.model.graph import unflatten_outputs
 from runtime.model.inputs import Admitted, admit
 from runtime.node.emulation import Emulator
-from runtime.node.job import HostedModel
+from runtime.node.hosted import HostedModel
 from runtime.planning.cost import estimate, sum_layers
 from runtime.planning.policies.guard import GuardedPolicy
 from runtime.planning.policies.registry import PolicySpec

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from runtime.errors import ConfigError
-from runtime.types import LatencyBreakdown, SystemState
+from runtime.types import LatencyBreakdown, SystemState, TileSpan
 
 EVENT_VERSION = 1
 EVENT_FILE_BYTES = 32 * 2**20
@@ -37,6 +37,7 @@ class Event:
     plan: str  # device[0:10) edge0[10:20) ...; empty when the request was refused before a plan was made
     tiers: str  # one digit per layer: 0 device, 1 edge, 2 cloud
     edge_nodes: tuple[str, ...]
+    tiles: tuple[TileSpan, ...]
     codec: str
     state: SystemState | None  # None when the request was refused at once, such as a file that is no image
     predicted: LatencyBreakdown | None

@@ -98,15 +98,23 @@ def assemble(graph: LayerGraph, tiling: Tiling, parts: Sequence[Mapping[str, tor
             tensors[name].shape, _dense_strides(seen, seen.shape), dtype=seen.dtype, device=graph.device
         )
         for index, (tile, part) in enumerate(zip(tiling.tiles, parts, strict=True)):
-            target, source = crop(memory, tile.outputs[name]), part.get(name)
-            if source is None or source.shape != target.shape or source.dtype != target.dtype:
-                got = "nothing" if source is None else f"{source.dtype} of shape {tuple(source.shape)}"
-                raise TensorMismatch(
-                    f"expected tile {index}'s part of {name} to be {target.dtype} of shape {tuple(target.shape)}, got {got}"
-                )
-            target.copy_(source)
+            check_part(graph, tile, index, name, part)
+            crop(memory, tile.outputs[name]).copy_(part[name])
         whole[name] = memory
     return whole
+
+
+def check_part(graph: LayerGraph, tile: Tile, index: int, name: str, part: Mapping[str, torch.Tensor]) -> None:
+    """Check one of the outputs of a tile that another node may have made.
+
+    Raises:
+        TensorMismatch: when it is missing or has another shape or dtype than its region.
+    """
+    seen, source = graph.seen[name], part.get(name)
+    shape = (*seen.shape[:2], *tile.outputs[name].size)
+    if source is None or source.shape != shape or source.dtype != seen.dtype:
+        got = "nothing" if source is None else f"{source.dtype} of shape {tuple(source.shape)}"
+        raise TensorMismatch(f"expected tile {index}'s part of {name} to be {seen.dtype} of shape {shape}, got {got}")
 
 
 def run_tiled(graph: LayerGraph, span: TileSpan, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

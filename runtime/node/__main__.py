@@ -3,7 +3,7 @@
 import tyro
 
 from runtime.node.config import WorkerConfig
-from runtime.node.worker import run_worker
+from runtime.node.run import run_worker
 
 if __name__ == "__main__":
     run_worker(tyro.cli(WorkerConfig))

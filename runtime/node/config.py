@@ -1,5 +1,6 @@
 """What a worker is told on its command line."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from runtime.presets import Mode, NodeEmulation
 
 @dataclass(frozen=True, slots=True)
 class NextNode:
-    """A node of the next tier, as `--connect` names it."""
+    """A node to send to, as `--connect` names it."""
 
     address: str
     server_key: bytes | None
@@ -34,7 +35,8 @@ class WorkerConfig:
     """Name of this node in the deployment; empty takes the tier's."""
 
     connect: tuple[str, ...] = ()
-    """Nodes of the next tier, NAME=ADDRESS or NAME=ADDRESS,PUBLIC_KEY; an edge node names the cloud here."""
+    """Nodes to send to, NAME=ADDRESS or NAME=ADDRESS,PUBLIC_KEY: an edge node names the cloud here, and the other edge
+    nodes that may run tiles for it, by their names in the deployment."""
 
     weights: str | None = None
     """seeded, pretrained, or a file (safetensors, or a state dict that loads with weights_only); none: a factory's own,
@@ -98,17 +100,7 @@ class WorkerConfig:
         Raises:
             ConfigError: when an entry is not NAME=ADDRESS[,PUBLIC_KEY].
         """
-        nodes = {}
-        for entry in self.connect:
-            name, found, rest = entry.partition("=")
-            address, _, key = rest.partition(",")
-            if not (name and found and address.startswith("tcp://")):
-                raise ConfigError(
-                    f"expected --connect NAME=tcp://HOST:PORT[,PUBLIC_KEY], got {entry!r}; for example "
-                    "--connect cloud=tcp://127.0.0.1:7001"
-                )
-            nodes[name] = NextNode(address, key.encode() if key else None)
-        return nodes
+        return parse_nodes(self.connect)
 
     def emulation(self) -> NodeEmulation | None:
         """What the node pretends to be; None for itself.
@@ -135,3 +127,22 @@ class WorkerConfig:
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.device
+
+
+def parse_nodes(entries: Iterable[str]) -> dict[str, NextNode]:
+    """Parse nodes to connect to, by name.
+
+    Raises:
+        ConfigError: when an entry is not NAME=ADDRESS[,PUBLIC_KEY].
+    """
+    nodes = {}
+    for entry in entries:
+        name, found, rest = entry.partition("=")
+        address, _, key = rest.partition(",")
+        if not (name and found and address.startswith("tcp://")):
+            raise ConfigError(
+                f"expected --connect NAME=tcp://HOST:PORT[,PUBLIC_KEY], got {entry!r}; for example "
+                "--connect cloud=tcp://127.0.0.1:7001"
+            )
+        nodes[name] = NextNode(address, key.encode() if key else None)
+    return nodes

@@ -1,4 +1,7 @@
-"""One request's share on a node: what came in, what the segment makes of it, what goes on and what goes back."""
+"""One request's share on a node: what came in, what the layers make of it, what goes on and what goes back.
+
+A share is a stage, a stage with tiled spans (`runtime.node.tiling`), or a single tile of another head's stage.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,93 +9,25 @@ from dataclasses import dataclass, field
 import torch
 
 from runtime.errors import PlanError, ProtocolError
-from runtime.measure import load_profile
-from runtime.model.graph import LayerGraph, trace
-from runtime.model.inputs import sample_inputs
-from runtime.model.segment import Segment, SegmentCache
-from runtime.model.zoo import load_model
-from runtime.node.emulation import Emulator
+from runtime.node.hosted import HostedModel
+from runtime.node.tiling import Parcel, TiledRun
 from runtime.planning.cost import sum_layers
 from runtime.planning.problem import Route, Stage, check_monotone, find_route
-from runtime.types import NodeProfile, Tier
+from runtime.planning.tiling import find_parts
+from runtime.types import Plan, Tier, TileSpan
 from runtime.wire.codec import AutoCodec
 from runtime.wire.events import Limits, Peer
-from runtime.wire.messages import Hop, Submit
+from runtime.wire.messages import Hop, Submit, TileRef
 from runtime.wire.pack import Packed, pack, result_codec, unpack
 
 
-@dataclass(frozen=True, eq=False)
-class HostedModel:
-    """A model that this process can run: its graph, its segments and this machine's profile of it.
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What the coding of a share is chosen by: the last reading of each link's bandwidth, NaN without one."""
 
-    On an emulated node the profile is that of the idle machine it pretends to be.
-    """
-
-    spec: str
-    graph: LayerGraph
-    segments: SegmentCache
-    profile: NodeProfile
-    emulator: Emulator | None = None
-    activations: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Every value that may cross, as one sample makes it; for a node that replays."""
-
-    @classmethod
-    def load(
-        cls,
-        spec: str,
-        *,
-        weights: str | None,
-        seed: int,
-        batch_size: int,
-        device: str,
-        auto: AutoCodec,
-        emulator: Emulator | None = None,
-    ) -> "HostedModel":
-        """Load, trace and profile a model.
-
-        Raises:
-            ModelError: when it cannot be found, built or traced.
-        """
-        model = load_model(spec, weights=weights, seed=seed, batch_size=batch_size, device=device)
-        graph = trace(model)
-        segments = SegmentCache(graph)
-        profile = load_profile(graph, segments, model.example, auto)
-        if emulator is None:
-            return cls(spec, graph, segments, profile)
-        activations = sample_activations(graph, model.example) if emulator.emulation.is_replay else {}
-        return cls(spec, graph, segments, emulator.pretend(profile), emulator, activations)
-
-    def run(
-        self, stage: Stage, values: Mapping[str, torch.Tensor], *, should_stop: Callable[[], bool] | None = None
-    ) -> tuple[dict[str, torch.Tensor], float]:
-        """Run a stage, in the time that the machine it is meant for would need.
-
-        Returns:
-            The values that the stage makes, and the seconds until they were there.
-
-        Raises:
-            TensorMismatch: when a value is not the one that the graph makes.
-            Stopped: when `should_stop` said so.
-        """
-        segment = self.segments.get(stage)
-        if self.emulator is None:
-            return segment.run_timed(values, should_stop=should_stop)
-
-        def make() -> dict[str, torch.Tensor]:
-            if not self.activations:
-                return segment.run(values, should_stop=should_stop)
-            segment.check(values)
-            return {name: self.activations[name] for name in stage.makes}
-
-        return self.emulator.run(make, sum_layers(self.profile.layer_s, stage.layers), should_stop)
-
-
-def sample_activations(graph: LayerGraph, example: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Run the whole model once on a fixed sample and keep every value that may cross."""
-    inputs = sample_inputs(graph.spec, example)
-    names = tuple(value.name for value in graph.spec.values if value.producer >= 0)
-    whole = Stage(Tier.DEVICE, tuple(range(graph.num_layers)), tuple(inputs), names)
-    return Segment(graph, whole).run(inputs)
+    up_bps: float  # to the next node
+    down_bps: float  # to the client
+    peers_bps: Mapping[int, float]  # by tile: to the nodes that can run one now
 
 
 @dataclass(eq=False)
@@ -107,12 +42,16 @@ class Job:
     received: Packed
     arrived_at_s: float
     received_bytes: int
+    predicted_s: float  # idle seconds for this node's share
+    tiled: TiledRun | None = None  # of a stage with tiled spans
     onward: Packed = field(default_factory=Packed)  # what crosses to the next node
     outputs: Packed = field(default_factory=Packed)  # model outputs made here
     queue_s: float = 0.0
     compute_s: float = 0.0
     codec_s: float = 0.0
+    tiles_s: float = 0.0
     upload_s: float = 0.0
+    started_at_s: float = 0.0
     next_request: int | None = None  # our number for it at the next node
     next_peer: Peer | None = None
     hops_beyond: tuple[Hop, ...] = ()
@@ -128,17 +67,43 @@ class Job:
             ValueError: when there is no such kind of input.
             ProtocolError: when other tensors came than the plan makes cross.
         """
+        if submit.tile is not None:
+            return cls._accept_tile(client, submit, submit.tile, model, tier, received, nbytes, now_s)
         graph = model.graph.spec
         entry = graph.entry(submit.input_kind)
         check_monotone(graph, submit.plan, entry)
         route = find_route(graph, submit.plan, submit.input_kind)
         if tier not in route.tiers:
             raise PlanError(f"the plan gives nothing to the {tier.label} tier: {submit.plan.describe()}")
-        expected = route.up[route.tiers.index(tier) - 1]
-        got = sorted(header.name for header in received.headers)
-        if got != sorted(expected):
-            raise ProtocolError(f"expected the tensors {sorted(expected)} to cross to {tier.label}, got {got}")
-        return cls(client, submit, model, route, route.stage(tier), received, now_s, nbytes)
+        _check_received(received, route.up[route.tiers.index(tier) - 1], tier)
+        stage = route.stage(tier)
+        predicted_s, tiled = sum_layers(model.profile.layer_s, stage.layers), None
+        if submit.plan.tiles and tier is Tier.EDGE:
+            for span in submit.plan.tiles:
+                _check_grid(submit.plan, span)
+            tiled = TiledRun(model, find_parts(graph, submit.plan, submit.input_kind), submit.plan)
+            predicted_s = tiled.predicted_s
+        return cls(client, submit, model, route, stage, received, now_s, nbytes, predicted_s, tiled)
+
+    @classmethod
+    def _accept_tile(
+        cls,
+        client: Peer,
+        submit: Submit,
+        ref: TileRef,
+        model: HostedModel,
+        tier: Tier,
+        received: Packed,
+        nbytes: int,
+        now_s: float,
+    ) -> "Job":
+        span = find_span(submit.plan, ref)
+        if tier is not Tier.EDGE:
+            raise PlanError(f"expected tiles on edge nodes, got one for the {tier.label} tier")
+        stage = model.tiles.tiling(span).stage
+        _check_received(received, stage.needs, tier)
+        route = Route(_nothing(Tier.DEVICE), stage, _nothing(Tier.CLOUD), (Tier.DEVICE, Tier.EDGE), (stage.needs,))
+        return cls(client, submit, model, route, stage, received, now_s, nbytes, model.tile_s(span)[ref.tile])
 
     @property
     def has_next(self) -> bool:
@@ -153,9 +118,12 @@ class Job:
         return self.route.up[self.route.tiers.index(self.stage.tier)]
 
     @property
-    def predicted_s(self) -> float:
-        """Idle seconds predicted for this node's share."""
-        return sum_layers(self.model.profile.layer_s, self.stage.layers)
+    def answers(self) -> tuple[str, ...]:
+        """Names of the values that go back to the client, as far as they are made here."""
+        if self.submit.tile is not None:
+            return self.stage.makes
+        made = set(self.stage.makes)
+        return tuple(name for name in dict.fromkeys(self.model.graph.spec.outputs) if name in made)
 
     def relay(self) -> None:
         """Pass on what came in: this node has no layers of the plan."""
@@ -166,32 +134,80 @@ class Job:
         self,
         auto: AutoCodec,
         limits: Limits,
-        up_bps: float,
-        down_bps: float,
+        conditions: Conditions,
         should_stop: Callable[[], bool],
-    ) -> float:
+        scatter: Callable[[TileSpan, tuple[Parcel, ...]], None],
+    ) -> bool:
         """Run the share and code what leaves the node. Runs in the executor's thread.
 
+        Args:
+            auto: picks codecs.
+            limits: caps on what came.
+            conditions: of the links.
+            should_stop: asked before every layer.
+            scatter: sends tiles to other nodes, from any thread.
+
         Returns:
-            Compute seconds of the segment alone.
+            Whether the share is done. If not, call again once no tile is out any more.
 
         Raises:
             ProtocolError: when a received tensor breaks a cap.
             TensorMismatch: when it is not the one that the graph makes.
+            Stopped: when `should_stop` said so.
         """
+        if self.tiled is None:
+            made, self.compute_s = self._run(self._decode(limits), should_stop)
+        else:
+            if not self.tiled.has_begun:
+                self.tiled.begin(self._decode(limits))
+            if not self.tiled.advance(auto, limits, conditions.peers_bps, should_stop, scatter):
+                return False
+            made = self.tiled.finish(self.stage)
+            self.compute_s, self.predicted_s = self.tiled.compute_s, self.tiled.predicted_s
         came_in = {header.name for header in self.received.headers}
-        decoded = unpack(self.received.pick(self.stage.needs), self.stage.needs, limits)
-        made = self._run_segment(decoded, should_stop)
-        names = self.crossing
-        plan = self.submit.plan
+        names, codec = self.crossing, self.submit.plan.codec
         fresh = [name for name in names if name not in came_in]
-        self.onward = self.received.pick(names) + pack(made, fresh, plan.codec, auto, up_bps)
-        outputs = [name for name in dict.fromkeys(self.model.graph.spec.outputs) if name in made]
-        self.outputs = pack(made, outputs, result_codec(plan.codec), auto, down_bps)
+        self.onward = self.received.pick(names) + pack(made, fresh, codec, auto, conditions.up_bps)
+        self.outputs = pack(made, self.answers, result_codec(codec), auto, conditions.down_bps)
         self.received = Packed()
         self.codec_s += self.onward.codec_s + self.outputs.codec_s
-        return self.compute_s
+        return True
 
-    def _run_segment(self, values: dict[str, torch.Tensor], should_stop: Callable[[], bool]) -> dict[str, torch.Tensor]:
-        made, self.compute_s = self.model.run(self.stage, values, should_stop=should_stop)
-        return made
+    def _decode(self, limits: Limits) -> dict[str, torch.Tensor]:
+        return unpack(self.received.pick(self.stage.needs), self.stage.needs, limits)
+
+    def _run(
+        self, values: dict[str, torch.Tensor], should_stop: Callable[[], bool]
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        ref = self.submit.tile
+        if ref is None:
+            return self.model.run(self.stage, values, should_stop=should_stop)
+        return self.model.run_tile(find_span(self.submit.plan, ref), ref.tile, values, should_stop=should_stop)
+
+
+def _nothing(tier: Tier) -> Stage:
+    return Stage(tier, (), (), ())
+
+
+def find_span(plan: Plan, ref: TileRef) -> TileSpan:
+    """The span that a tile belongs to.
+
+    Raises:
+        PlanError: when the plan has no such tile.
+    """
+    if not 0 <= ref.span < len(plan.tiles) or not 0 <= ref.tile < plan.tiles[ref.span].num_tiles:
+        raise PlanError(f"expected one of the tiles of {plan.describe()}, got tile {ref.tile} of span {ref.span}")
+    _check_grid(plan, plan.tiles[ref.span])
+    return plan.tiles[ref.span]
+
+
+def _check_grid(plan: Plan, span: TileSpan) -> None:
+    """Refuse a grid of absurd size before any of it is worked out."""
+    if span.num_tiles > len(plan.edge_nodes):
+        raise PlanError(f"expected an edge node for each tile, got {span.num_tiles} tiles on {plan.edge_nodes}")
+
+
+def _check_received(received: Packed, expected: tuple[str, ...], tier: Tier) -> None:
+    got = sorted(header.name for header in received.headers)
+    if got != sorted(expected):
+        raise ProtocolError(f"expected the tensors {sorted(expected)} to cross to {tier.label}, got {got}")

@@ -33,6 +33,10 @@ class NodeLoad:
     def start(self, queue_s: float, now_s: float) -> None:
         """A segment starts after `queue_s` in the queue."""
         self._delays.append((now_s, queue_s))
+        self.resume(now_s)
+
+    def resume(self, now_s: float) -> None:
+        """A segment that was interrupted goes on."""
         self._started_at_s = now_s
         self._last_work_at_s = now_s
 

@@ -1,11 +1,15 @@
 """A node as a pure state machine: events in, instructions out, no sockets, no tensors, no clock of its own.
 
     arrive -> [queued] -> [running] -> [waiting for the next node] -> answered
-                 |            |                   |
-                 +------------+-------------------+--> refused (busy, late, error, lost) or forgotten (cancelled)
+                 |         |  ^ |                   |
+                 |         v  | |                   |
+                 |   [gathering, ready]             |
+                 |            | |                   |
+                 +------------+-+-------------------+--> refused (busy, late, error, lost) or forgotten (cancelled)
 
-A request that brings no layers for this node skips the queue. Late work is dropped and counted at every arrow. The
-worker executes the instructions (`runtime.node.worker`).
+A request that brings no layers for this node skips the queue. One that needs tiles of other nodes leaves the processor
+to others while it gathers them, and goes on ahead of the queue; it counts against the capacity all the while. Late work
+is dropped and counted at every arrow. The worker executes the instructions (`runtime.node.worker`).
 """
 
 import enum
@@ -25,6 +29,8 @@ class Phase(enum.Enum):
 
     QUEUED = "queued"
     RUNNING = "running"
+    GATHERING = "gathering"
+    READY = "ready"  # to go on computing
     WAITING = "waiting"
 
 
@@ -34,6 +40,13 @@ class Run:
 
     key: Key
     queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on computing this request's share: no tile of it is out any more."""
+
+    key: Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +83,7 @@ class Forget:
     was_forwarded: bool
 
 
-Instruction = Run | Forward | Reply | Refuse | Forget
+Instruction = Run | Resume | Forward | Reply | Refuse | Forget
 
 
 @dataclass(slots=True)
@@ -79,7 +92,6 @@ class _Request:
     arrived_at_s: float
     deadline_at_s: float
     has_next: bool
-    predicted_s: float
     is_cancelled: bool = False
 
 
@@ -99,12 +111,14 @@ class NodeMachine:
     )
     _requests: dict[Key, _Request] = field(default_factory=dict)
     _queue: deque[Key] = field(default_factory=deque)
+    _ready: deque[Key] = field(default_factory=deque)
+    _gathering: set[Key] = field(default_factory=set)
     _running: Key | None = None
 
     @property
     def queue_length(self) -> int:
-        """Requests waiting or running."""
-        return len(self._queue) + (self._running is not None)
+        """Requests that wait for the processor or have it."""
+        return len(self._queue) + len(self._ready) + (self._running is not None)
 
     @property
     def is_idle(self) -> bool:
@@ -112,7 +126,7 @@ class NodeMachine:
         return not self._requests
 
     def arrive(
-        self, key: Key, *, remaining_s: float, has_compute: bool, has_next: bool, predicted_s: float, now_s: float
+        self, key: Key, *, remaining_s: float, has_compute: bool, has_next: bool, now_s: float
     ) -> list[Instruction]:
         """Take a request.
 
@@ -121,7 +135,6 @@ class NodeMachine:
             remaining_s: time it has left; inf without deadline.
             has_compute: it brings layers for this node.
             has_next: something must go on to the next node.
-            predicted_s: idle seconds predicted for the layers.
             now_s: this instant.
         """
         if key in self._requests:
@@ -130,25 +143,58 @@ class NodeMachine:
             return [self._refuse_unseen(key, "late", "its time had run out on arrival")]
         if self.is_draining:
             return [self._refuse_unseen(key, "busy", "the node is shutting down")]
-        if has_compute and len(self._queue) >= self.capacity:
-            return [self._refuse_unseen(key, "busy", f"{len(self._queue)} requests wait and the queue holds no more")]
-        request = _Request(Phase.QUEUED, now_s, now_s + remaining_s, has_next, predicted_s)
+        num_waiting = len(self._queue) + len(self._gathering) + len(self._ready)
+        if has_compute and num_waiting >= self.capacity:
+            return [self._refuse_unseen(key, "busy", f"{num_waiting} requests wait and the queue holds no more")]
+        request = _Request(Phase.QUEUED, now_s, now_s + remaining_s, has_next)
         self._requests[key] = request
         if not has_compute:
             return self._pass_on(key, request, now_s)
         self._queue.append(key)
         return self._start_next(now_s)
 
-    def computed(self, key: Key, *, measured_s: float, now_s: float) -> list[Instruction]:
-        """The running request's share is done; `measured_s` are its compute seconds."""
+    def computed(self, key: Key, *, measured_s: float, predicted_s: float, now_s: float) -> list[Instruction]:
+        """The running request's share is done.
+
+        Args:
+            key: the request.
+            measured_s: its compute seconds on this node.
+            predicted_s: idle seconds predicted for the same work.
+            now_s: this instant.
+        """
         request = self._end_running(key, now_s)
         out: list[Instruction] = []
         if request.is_cancelled:
             out.append(self._forget(key, was_forwarded=False))
         else:
-            self.load.add_segment(measured_s, request.predicted_s, now_s)
+            self.load.add_segment(measured_s, predicted_s, now_s)
             out += self._pass_on(key, request, now_s)
         return out + self._start_next(now_s)
+
+    def scattered(self, key: Key, *, is_gathered: bool, now_s: float) -> list[Instruction]:
+        """The running request's share is as far as it comes without tiles that are out.
+
+        Args:
+            key: the request.
+            is_gathered: whether they are all back already, or given up.
+            now_s: this instant.
+        """
+        request = self._end_running(key, now_s)
+        if request.is_cancelled:
+            return [self._forget(key, was_forwarded=False), *self._start_next(now_s)]
+        request.phase = Phase.GATHERING
+        self._gathering.add(key)
+        return self.gathered(key, now_s=now_s) if is_gathered else self._start_next(now_s)
+
+    def gathered(self, key: Key, *, now_s: float) -> list[Instruction]:
+        """No tile of a request is out any more: each is back, or given up."""
+        request = self._requests.get(key)
+        if request is None or request.phase is not Phase.GATHERING:
+            return []
+        request.phase = Phase.READY
+        self._gathering.remove(key)
+        self._ready.append(key)
+        return self._start_next(now_s)
 
     def crashed(self, key: Key, *, text: str, is_plan_fault: bool, now_s: float) -> list[Instruction]:
         """The running request's share raised."""
@@ -214,14 +260,19 @@ class NodeMachine:
         if self._running is not None:
             return []
         out: list[Instruction] = []
-        while self._queue:
-            key = self._queue.popleft()
+        while self._ready or self._queue:
+            is_ready = bool(self._ready)
+            key = (self._ready or self._queue).popleft()
             request = self._requests[key]
             if now_s > request.deadline_at_s:
                 out.append(self._refuse(key, "late", "its time ran out in the queue"))
                 continue
             request.phase = Phase.RUNNING
             self._running = key
+            if is_ready:
+                self.load.resume(now_s)
+                out.append(Resume(key))
+                break
             queue_s = now_s - request.arrived_at_s
             self.load.start(queue_s, now_s)
             out.append(Run(key, queue_s))
@@ -265,6 +316,8 @@ class NodeMachine:
         return Forget(key, was_forwarded)
 
     def _drop(self, key: Key) -> None:
-        request = self._requests.pop(key)
-        if request.phase is Phase.QUEUED and key in self._queue:
-            self._queue.remove(key)
+        del self._requests[key]
+        self._gathering.discard(key)
+        for waiting in (self._queue, self._ready):
+            if key in waiting:
+                waiting.remove(key)

@@ -3,25 +3,24 @@
 The loop turns what the hub and the executor report into events for `NodeMachine` and executes its instructions.
 """
 
-import dataclasses
+import functools
 import logging
-import signal
 import threading
 import time
-import traceback
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from types import FrameType
 
 import msgspec
-import torch
 
 from runtime.errors import ConfigError, OffcutError, PlanError
-from runtime.node.commands import listen
-from runtime.node.config import NextNode, WorkerConfig
+from runtime.node.config import NextNode, WorkerConfig, parse_nodes
 from runtime.node.emulation import Emulator
 from runtime.node.executor import Done, Executor
-from runtime.node.job import HostedModel, Job
-from runtime.node.state import Forget, Forward, Instruction, Key, NodeMachine, Refuse, Reply, Run
+from runtime.node.hosted import HostedModel
+from runtime.node.job import Conditions, Job
+from runtime.node.scatter import Scatter
+from runtime.node.state import Forget, Forward, Instruction, Key, NodeMachine, Refuse, Reply, Resume, Run
+from runtime.node.status import aged, explain_failure, last_bandwidth
 from runtime.types import NodeState, Tier
 from runtime.wire.channel import Hub
 from runtime.wire.codec import AutoCodec
@@ -70,6 +69,7 @@ class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One line of standard input; what is left out stays as it is."""
 
     contention: float | None = None
+    connect: tuple[str, ...] = ()  # more nodes, as `--connect` names them
 
 
 class Worker:
@@ -94,7 +94,10 @@ class Worker:
         keys = None if config.keys is None else load_keys(config.keys / f"{config.name}.key_secret")
         self._hub = Hub(config.name, keys=keys, authorised=config.keys, insecure=config.insecure, limits=self._limits)
         self._executor = Executor(f"offcut-compute-{config.name}", self._hub.wake)
-        self._next: dict[str, Peer] = {}
+        self._next: dict[str, Peer] = {}  # nodes that we connect to: of the next tier, and other edge nodes
+        self._next_tiers: dict[str, Tier] = {}  # as far as they have said so
+        self._introduced: deque[tuple[str, NextNode]] = deque()  # to connect to; from any thread
+        self._scatter = Scatter(self._hub, self._jobs, self._take_number)
         self._refusals: dict[str, str] = {}  # next node -> why it does not want us
 
     def bind(self) -> str:
@@ -106,7 +109,7 @@ class Worker:
         """
         address = self._hub.bind(self.config.bind, self._welcome)
         for name, node in self.config.next_nodes().items():
-            self._next[name] = self._connect(name, node)
+            self._connect(name, node)
         return address
 
     def load(self) -> None:
@@ -127,9 +130,9 @@ class Worker:
             )
             self._models[model.graph.model_id] = model
 
-    def _connect(self, name: str, node: NextNode) -> Peer:
+    def _connect(self, name: str, node: NextNode) -> None:
         hello = Hello(PROTOCOL_VERSION, self.config.name, "", CAPABILITIES)
-        return self._hub.connect(name, node.address, hello, server_key=node.server_key)
+        self._next[name] = self._hub.connect(name, node.address, hello, server_key=node.server_key)
 
     def obey(self, command: Command) -> None:
         """Carry out a command; callable from any thread.
@@ -141,6 +144,8 @@ class Worker:
             if self._emulator is None:
                 raise ConfigError("expected an emulated node for contention, got a real one; start it with --slow-down")
             self._emulator.set_contention(command.contention)
+        self._introduced.extend(parse_nodes(command.connect).items())
+        self._hub.wake()
 
     def stop(self) -> None:
         """Ask the loop to drain and end; callable from signal handlers and other threads."""
@@ -174,17 +179,22 @@ class Worker:
         """One turn of the loop: hear, compute, tick, tell."""
         for event in self._hub.poll(self._wait_s()):
             self._handle(event)
-        for done in self._executor.finished():
+        while self._introduced:
+            self._connect(*self._introduced.popleft())
+        finished = self._executor.finished()  # what they have posted is sent first
+        self._gathered(self._scatter.send_posted(self._next, time.perf_counter()))
+        for done in finished:
             self._finish(done)
         now_s = time.perf_counter()
+        self._gathered(self._scatter.give_up(now_s))
         self._execute(self._machine.tick(now_s))
         if now_s >= self._next_status_at_s:
             self._next_status_at_s = now_s + STATUS_PERIOD_S
             self._send_status(now_s)
 
     def _wait_s(self) -> float:
-        until_status_s = self._next_status_at_s - time.perf_counter()
-        return min(max(until_status_s, 0.0), 0.1 if self._jobs or self._stop.is_set() else STATUS_PERIOD_S)
+        until_s = min(self._next_status_at_s, self._scatter.next_due_s) - time.perf_counter()
+        return min(max(until_s, 0.0), 0.1 if self._jobs or self._stop.is_set() else STATUS_PERIOD_S)
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -225,6 +235,8 @@ class Worker:
     def _note_next(self, event: Connected | Rejected) -> None:
         """The node behind this one wants us, or does not."""
         self._refusals.pop(event.peer.name, None)
+        if isinstance(event, Connected):
+            self._next_tiers[event.peer.name] = event.welcome.tier
         if isinstance(event, Rejected):
             self._refusals[event.peer.name] = str(event.error)
             logger.error("%s refuses this node: %s", event.peer.name, event.error)
@@ -239,6 +251,8 @@ class Worker:
             case Failure(request=number, kind=kind, text=text) as failure if number in self._upstream:
                 key = self._upstream[number]
                 self._execute(self._machine.next_failed(key, kind=kind, text=text, is_plan_fault=failure.is_plan_fault))
+            case Failure(request=number, kind=kind, text=text):
+                self._gathered(self._scatter.fail(number, f"{kind}: {text}"))
             case Status() as status if not peer.is_client:
                 self._heard[peer.name] = (time.perf_counter(), status)
 
@@ -259,7 +273,6 @@ class Worker:
                 remaining_s=submit.remaining_s,
                 has_compute=bool(job.stage.layers),
                 has_next=job.has_next,
-                predicted_s=job.predicted_s,
                 now_s=now_s,
             )
         )
@@ -273,8 +286,9 @@ class Worker:
 
     def _take_result(self, result: Result, tensors: Packed) -> None:
         key = self._upstream.get(result.request)
-        if key is None:
-            return  # cancelled meanwhile
+        if key is None:  # a tile, or cancelled meanwhile
+            self._gathered(self._scatter.take(result.request, tensors))
+            return
         job = self._jobs[key]
         job.outputs = tensors + job.outputs
         job.hops_beyond = result.hops
@@ -282,6 +296,7 @@ class Worker:
 
     def _lose(self, peer: Peer, reason: str) -> None:
         self._heard.pop(peer.name, None)
+        self._gathered(self._scatter.lose(peer, reason))
         for number, key in list(self._upstream.items()):
             if self._jobs[key].next_peer is peer:
                 text = f"the link from {self.config.name} to {peer.name} is down: {reason}"
@@ -291,8 +306,18 @@ class Worker:
     def _finish(self, done: Done) -> None:
         key: Key = done.tag
         now_s = time.perf_counter()
+        job = self._jobs[key]  # the machine keeps what runs
+        if done.error is None and not done.value:
+            self._scatter.wait(key, job.arrived_at_s + job.submit.remaining_s, now_s)
+            is_gathered = job.tiled is None or not job.tiled.waiting
+            self._execute(self._machine.scattered(key, is_gathered=is_gathered, now_s=now_s))
+            return
         if done.error is None:
-            self._execute(self._machine.computed(key, measured_s=done.value, now_s=now_s))
+            if job.tiled is not None:
+                job.tiles_s = now_s - job.started_at_s - job.compute_s - job.codec_s
+            self._execute(
+                self._machine.computed(key, measured_s=job.compute_s, predicted_s=job.predicted_s, now_s=now_s)
+            )
             return
         text, is_plan_fault = explain_failure(done.error)
         self._execute(self._machine.crashed(key, text=text, is_plan_fault=is_plan_fault, now_s=now_s))
@@ -303,7 +328,10 @@ class Worker:
         for instruction in instructions:
             match instruction:
                 case Run(key=key, queue_s=queue_s):
-                    self._run(key, queue_s)
+                    self._jobs[key].queue_s, self._jobs[key].started_at_s = queue_s, time.perf_counter()
+                    self._run(key)
+                case Resume(key=key):
+                    self._run(key)
                 case Forward(key=key, remaining_s=remaining_s):
                     self._forward(key, remaining_s)
                 case Reply(key=key):
@@ -314,16 +342,25 @@ class Worker:
                 case Forget(key=key, was_forwarded=was_forwarded):
                     self._drop(key, tell_next=was_forwarded)
 
-    def _run(self, key: Key, queue_s: float) -> None:
+    def _run(self, key: Key) -> None:
         job = self._jobs[key]
-        job.queue_s = queue_s
         peer = self._next_peer(job)
-        up_bps = float("nan") if peer is None else last_bandwidth(self._hub, peer)
-        down_bps = last_bandwidth(self._hub, job.client)
-        self._executor.submit(
-            key,
-            lambda: job.compute(self._auto, self._limits, up_bps, down_bps, self._stopper(key)),
+        conditions = Conditions(
+            up_bps=float("nan") if peer is None else last_bandwidth(self._hub, peer),
+            down_bps=last_bandwidth(self._hub, job.client),
+            peers_bps={
+                tile: last_bandwidth(self._hub, self._next[name])
+                for tile, name in enumerate(job.submit.plan.edge_nodes)
+                if tile and name in self._next and self._next[name].is_up
+            },
         )
+        stop, scatter = self._stopper(key), functools.partial(self._scatter.post, key)
+        self._executor.submit(key, lambda: job.compute(self._auto, self._limits, conditions, stop, scatter))
+
+    def _gathered(self, keys: Iterable[Key]) -> None:
+        """No tile of these requests is out any more."""
+        for key in keys:
+            self._execute(self._machine.gathered(key, now_s=time.perf_counter()))
 
     def _stopper(self, key: Key) -> Callable[[], bool]:
         return lambda: self._machine.is_cancelled(key)
@@ -332,7 +369,15 @@ class Worker:
         """The node that this job goes on to: the one connected node of the next tier that is up."""
         if not job.has_next:
             return None
-        return next((peer for peer in self._next.values() if peer.is_up), None)
+        return next((peer for peer in self._onward_nodes() if peer.is_up), None)
+
+    def _onward_nodes(self) -> list[Peer]:
+        """Nodes of the next tier, and those that have not said of which they are."""
+        return [peer for name, peer in self._next.items() if self._next_tiers.get(name) is not self._tier]
+
+    def _take_number(self) -> int:
+        self._next_number += 1
+        return self._next_number
 
     def _forward(self, key: Key, remaining_s: float) -> None:
         job = self._jobs[key]
@@ -342,8 +387,7 @@ class Worker:
         if peer is None:
             self._execute(self._machine.next_failed(key, kind="lost", text=self._why_no_next()))
             return
-        self._next_number += 1
-        number = self._next_number
+        number = self._take_number()
         job.next_request, job.next_peer = number, peer
         self._upstream[number] = key
         submit = job.submit
@@ -354,8 +398,9 @@ class Worker:
     def _why_no_next(self) -> str:
         if self._refusals:
             return "; ".join(f"{name} refuses {self.config.name}: {why}" for name, why in self._refusals.items())
-        if self._next:
-            return f"{self.config.name} is not connected to {', '.join(self._next)}; is it running?"
+        if nodes := self._onward_nodes():
+            names = ", ".join(peer.name for peer in nodes)
+            return f"{self.config.name} is not connected to {names}; is it running?"
         return f"{self.config.name} knows no node of the next tier; start it with --connect cloud=ADDRESS"
 
     def _reply(self, key: Key) -> None:
@@ -372,11 +417,14 @@ class Worker:
             upload_s=job.upload_s,
             next_node=job.next_peer.name if job.next_peer is not None else "",
             predicted_s=job.predicted_s,
+            tiles_s=job.tiles_s,
+            reason="" if job.tiled is None else job.tiled.reason,
         )
         result = Result(key[1], (hop, *job.hops_beyond), job.outputs.headers)
         self._hub.send_data(job.client, result, job.outputs.frames, key)
 
     def _drop(self, key: Key, *, tell_next: bool) -> None:
+        self._scatter.drop(key)
         job = self._jobs.pop(key, None)
         if job is None or job.next_request is None:
             return
@@ -416,76 +464,3 @@ class Worker:
 
     def _report(self, peer: Peer) -> LinkReport:
         return to_report(self._hub.link_state(peer))
-
-
-def aged(status: Status, age_s: float) -> Status:
-    """A status as it must be forwarded: every age grown by how long we held it."""
-    return Status(
-        dataclasses.replace(status.state, age_s=status.state.age_s + age_s),
-        tuple(
-            LinkReport(
-                link.target,
-                tuple((sample_age_s + age_s, bps) for sample_age_s, bps in link.samples),
-                link.mean_bandwidth_bps,
-                link.rtt_s,
-                link.backlog_bytes,
-            )
-            for link in status.links
-        ),
-    )
-
-
-def last_bandwidth(hub: Hub, peer: Peer) -> float:
-    """Newest bandwidth reading of the link to a peer, NaN when there is none."""
-    samples = hub.link_state(peer).samples
-    return samples[0].bandwidth_bps if samples else float("nan")
-
-
-def explain_failure(error: Exception) -> tuple[str, bool]:
-    """Turn what a segment raised into a failure's text and say whether the plan is to blame: the one such place."""
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    text = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
-    return text, out_of_memory or isinstance(error, PlanError)
-
-
-def _listen_to_input(worker: Worker) -> None:
-    """Carry out commands, and end with the parent."""
-
-    def answer(line: bytes) -> str:
-        try:
-            worker.obey(msgspec.json.decode(line, type=Command))
-        except (msgspec.MsgspecError, ConfigError) as error:
-            return f"ERROR {error}"
-        return "OK"
-
-    listen(answer)
-    worker.stop()
-
-
-def run_worker(config: WorkerConfig) -> None:
-    """Run a node until SIGTERM or SIGINT: the main function of `offcut worker`.
-
-    Prints `BOUND <endpoint>` on standard output when the address is taken, and `READY <endpoint>` when the models are
-    loaded and requests are served.
-    """
-    torch.set_num_threads(config.threads)
-    worker = Worker(config)
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        del signum, frame
-        worker.stop()
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    address = worker.bind()
-    if config.exit_with_stdin:
-        threading.Thread(target=_listen_to_input, args=(worker,), daemon=True).start()
-    print(f"BOUND {address}", flush=True)
-    try:
-        worker.load()
-    except BaseException:
-        worker.close()
-        raise
-    print(f"READY {address}", flush=True)
-    worker.serve()

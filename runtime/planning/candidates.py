@@ -2,8 +2,8 @@
 
 A candidate is (i, j, head, tiles, codec). Over a stated sample of conditions (rates, round trips, k and q) every split
 of every head is weighed, for one request and for a stream of requests at a share of what the best split can take. The
-plans that are best somewhere form the pool, and a greedy cover keeps those with which the mean regret to the best split
-falls fastest.
+plans that are best somewhere form the pool, each also with its edge share in tiles where there are edge nodes for them,
+and a greedy cover keeps those with which the mean regret to the best falls fastest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ from runtime.errors import PlanError
 from runtime.planning.arrays import BoolArray, FloatArray, StateArrays
 from runtime.planning.conditions import Conditions, sample_conditions
 from runtime.planning.cost import predict, predict_total
+from runtime.planning.grids import tiled_plans
 from runtime.planning.problem import PlanningProblem
 from runtime.planning.rows import PlanCosts, compile_plan, compile_splits
 from runtime.planning.scan import Family, Split, find_limits, list_families, make_plan, scan, scan_stream
@@ -53,17 +54,18 @@ class Candidates:
     costs: PlanCosts  # K rows
     num_plans: int
     down_cost: FloatArray  # (N, K) large for every node that a plan needs
+    link_cost: FloatArray  # (L, K) the same for every link from a head to a node that runs tiles for it
     padding_cost: FloatArray  # (K,) larger still in the padding
     index: dict[Plan, int]
     pool_size: int
-    """Splits that were best under some condition, before the greedy cover."""
+    """Splits that were best under some condition, and these in tiles, before the greedy cover."""
     regret: float
-    """Mean of (best of these / best of all splits) - 1 over the conditions, for one request."""
+    """Mean of (best of these / best of all splits and of these in tiles) - 1 over the conditions, for one request."""
     stream_regret: float
     """The same for streams of requests."""
 
     def mask(self, state: StateArrays) -> BoolArray:
-        """Which candidates may be chosen, shape (B, K): the legal ones whose nodes are all up.
+        """Which candidates may be chosen, shape (B, K): the legal ones whose nodes are all up, and connected for tiles.
 
         Where there is none, because the device holds no model and no node is up, the legal ones that need the fewest
         nodes that are down.
@@ -76,6 +78,8 @@ class Candidates:
         """What to add to the candidates' costs so that a minimum obeys `mask`, shape (B, K): 0 where it allows."""
         down = 1.0 - state.is_up
         penalty: FloatArray = down @ self.down_cost + self.padding_cost
+        if self.costs.tiles is not None:
+            penalty += np.isnan(state.rtt_s) @ self.link_cost  # a node knows no round trip to where it is not connected
         return penalty
 
 
@@ -111,6 +115,7 @@ def candidates(problem: PlanningProblem) -> Candidates:
         costs=costs.take(rows),
         num_plans=len(chosen),
         down_cost=costs.full("needs")[rows].T * _DOWN_COST,
+        link_cost=costs.full("needs_links")[rows].T * _DOWN_COST,
         padding_cost=np.where(np.arange(NUM_CANDIDATES) < len(chosen), 0.0, _DOWN_COST**2),
         index={plan: index for index, plan in enumerate(picked[: len(chosen)])},
         pool_size=len(plans),
@@ -178,7 +183,7 @@ def _always(problem: PlanningProblem, families: Sequence[Family]) -> Iterator[Pl
 def _compile_pool(
     problem: PlanningProblem, kept: Sequence[Plan], splits: Sequence[Split]
 ) -> tuple[list[Plan], PlanCosts]:
-    """Make plans and rows: those kept in any case first, then the other splits, grouped by path."""
+    """Make plans and rows: those kept in any case first, then the other splits, grouped by path, then those in tiles."""
     plans = list(kept)
     parts = [compile_plan(problem, plan) for plan in kept]
     groups: dict[tuple[int, bool], list[Split]] = {}
@@ -191,4 +196,6 @@ def _compile_pool(
         i, j = np.array([split[1] for split in group]), np.array([split[2] for split in group])
         parts.append(compile_splits(problem, family.tables, i, j, family.head))
         plans += [make_plan(problem, *split) for split in group]
-    return plans, PlanCosts.stack(parts)
+    tiled = list(dict.fromkeys(other for plan in plans for other in tiled_plans(problem, plan)))
+    parts += [compile_plan(problem, plan) for plan in tiled]
+    return plans + tiled, PlanCosts.stack(parts)

@@ -33,7 +33,8 @@ PARTS = (
     "wait_nodes",
     "messages",
 )
-"""Parts of a predicted latency in seconds. A plan straight to the cloud uses uplink and downlink, no backbone."""
+"""Parts of a predicted latency in seconds. A plan straight to the cloud uses uplink and downlink, no backbone. With
+tiles `edge` is the head's own layers and, for every tiled span, the slowest of its tiles from scatter to gather."""
 
 _ONES = np.ones(len(PARTS))
 _UPLINK, _ROUND_TRIPS = PARTS.index("uplink"), PARTS.index("round_trips")
@@ -114,6 +115,10 @@ def total_s(parts: FloatArray) -> FloatArray:
 def _predict_terms(costs: PlanCosts, readings: ReadingsArrays, state: StateArrays) -> _Terms:
     links = _link_times(costs, readings)
     compute = readings.load_factor.take(costs.node, axis=1) * costs.idle_s
+    if costs.tiles is not None:
+        compute[..., Tier.EDGE] += costs.tiles.seconds(
+            readings.bandwidth_bps, readings.rtt_s, readings.load_factor, readings.queue_delay_s, costs.num_plans
+        )
     transfer, codec = _transfers(costs, links, state.input_bytes)
     wait_uplink = state.uplink_backlog_bytes[:, None] * links.s_per_byte[..., 0]
     backbone_bytes = state.backlog_bytes.take(costs.link[:, 1], axis=1)

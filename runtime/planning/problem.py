@@ -100,7 +100,7 @@ def make_stage(graph: GraphSpec, tier: Tier, layers: Iterable[int]) -> Stage:
 
 
 @lru_cache(maxsize=1024)
-def _route(graph: "_ById", plan: Plan, entry: int) -> Route:
+def _route(graph: "ById", plan: Plan, entry: int) -> Route:
     spec = graph.spec
     plan = normalise(plan, entry)
     layers: dict[Tier, list[int]] = {tier: [] for tier in Tier}
@@ -128,7 +128,7 @@ def _crossing(spec: GraphSpec, plan: Plan, entry: int, tier: Tier) -> tuple[str,
 
 
 @dataclass(frozen=True, slots=True)
-class _ById:
+class ById:
     """A graph that hashes by its id, so that routes can be cached without hashing a whole graph each time."""
 
     spec: GraphSpec
@@ -137,7 +137,7 @@ class _ById:
         return hash(self.spec.graph_id)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ById) and other.spec.graph_id == self.spec.graph_id
+        return isinstance(other, ById) and other.spec.graph_id == self.spec.graph_id
 
 
 def find_route(graph: GraphSpec, plan: Plan, input_kind: str) -> Route:
@@ -145,7 +145,7 @@ def find_route(graph: GraphSpec, plan: Plan, input_kind: str) -> Route:
 
     The plan must be legal (`check_monotone`).
     """
-    return _route(_ById(graph), plan, graph.entry(input_kind))
+    return _route(ById(graph), plan, graph.entry(input_kind))
 
 
 def check_monotone(graph: GraphSpec, plan: Plan, entry: int) -> None:
@@ -194,13 +194,21 @@ def check_plan(problem: PlanningProblem, plan: Plan, *, input_kind: str | None =
     check_monotone(problem.graph, plan, entry)
     _check_nodes(problem.deployment, plan)
     _check_constraints(problem, plan, entry)
-    if plan.tiles:
-        span = plan.tiles[0]
-        raise PlanError(
-            f"layers {span.start} to {span.stop} are not a tileable span of this model (tileable: none); "
-            "use a plan without tiles"
-        )
+    _check_tiles(problem.graph, plan, kind)
     return plan
+
+
+def _check_tiles(graph: GraphSpec, plan: Plan, input_kind: str) -> None:
+    from runtime.planning.tiling import find_parts  # here, because it makes stages and so imports this module
+
+    for span in plan.tiles:
+        if not 2 <= span.num_tiles <= len(plan.edge_nodes):
+            raise PlanError(
+                f"expected two tiles or more for layers {span.start} to {span.stop}, and an edge node for each, got "
+                f"{span.num_tiles} tiles on {plan.edge_nodes}; name more edge_nodes or use fewer lines"
+            )
+    if plan.tiles:
+        find_parts(graph, plan, input_kind)
 
 
 def _check_nodes(deployment: Deployment, plan: Plan) -> None:

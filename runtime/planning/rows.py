@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from runtime.planning.arrays import BoolArray, FloatArray, IntArray, Layout
+from runtime.planning.grids import TileRows, compile_tiles
 from runtime.planning.problem import PlanningProblem, find_route
 from runtime.types import DEVICE_NODE, LOSSY_CODECS, ModelProfile, NodeProfile, Plan, Tier, ValueSpec, result_codec
 
@@ -34,7 +35,7 @@ class PlanCosts:
 
     layout: Layout
     node: IntArray  # (K, 3) slot of each tier's node, the device's where the plan has none
-    idle_s: FloatArray  # (K, 3) NaN where the node's profile is not known
+    idle_s: FloatArray  # (K, 3) NaN where the node's profile is not known; without tiled layers
     has_layers: FloatArray  # (K, 3) 1 where the plan runs layers, else 0
     link: IntArray  # (K, H) slot of each transfer's link, 0 where there is none
     has_hop: FloatArray  # (K, H) 1 where there is a transfer, else 0
@@ -46,10 +47,12 @@ class PlanCosts:
     is_relayed: BoolArray  # (K,) where the head passes everything on as it came
     message_s: FloatArray  # (K,) fixed seconds of all messages
     needs: FloatArray  # (K, N) 1 for every node that must be up
+    needs_links: FloatArray  # (K, L) 1 for every link from a head to a node that runs tiles for it
 
     has_relays: bool
     sends_input: bool
-    used_links: IntArray  # slots in `link`
+    used_links: IntArray  # slots in `link` and in `tiles`
+    tiles: TileRows | None  # what the edge needs beside `idle_s`; None where no plan is tiled
 
     @property
     def num_plans(self) -> int:
@@ -63,26 +66,28 @@ class PlanCosts:
 
     def take(self, rows: IntArray) -> "PlanCosts":
         """Pick rows."""
-        return _make_costs(self.layout, {name: self.full(name)[rows] for name in ROW_FIELDS})
+        tiles = None if self.tiles is None else self.tiles.take(rows)
+        return _make_costs(self.layout, {name: self.full(name)[rows] for name in ROW_FIELDS}, tiles)
 
     @classmethod
     def stack(cls, parts: Sequence["PlanCosts"]) -> "PlanCosts":
         """Put the rows of several on top of each other; all must have the same layout."""
-        return _make_costs(
-            parts[0].layout, {name: np.concatenate([part.full(name) for part in parts]) for name in ROW_FIELDS}
-        )
+        columns = {name: np.concatenate([part.full(name) for part in parts]) for name in ROW_FIELDS}
+        return _make_costs(parts[0].layout, columns, TileRows.stack([(part.tiles, part.num_plans) for part in parts]))
 
 
-_NOT_ROWS = ("layout", "has_relays", "sends_input", "used_links")
+_NOT_ROWS = ("layout", "has_relays", "sends_input", "used_links", "tiles")
 ROW_FIELDS = tuple(field.name for field in fields(PlanCosts) if field.name not in _NOT_ROWS)
 
 
-def _make_costs(layout: Layout, columns: dict[str, Any]) -> PlanCosts:
+def _make_costs(layout: Layout, columns: dict[str, Any], tiles: TileRows | None = None) -> PlanCosts:
+    links = columns["link"].ravel()
     return PlanCosts(
         layout=layout,
         has_relays=bool(columns["is_relayed"].any()),
         sends_input=bool(columns["has_input"].any()),
-        used_links=np.unique(columns["link"]),
+        used_links=np.unique(links if tiles is None else np.concatenate([links, tiles.links])),
+        tiles=tiles,
         **columns,
     )
 
@@ -123,7 +128,9 @@ def compile_plan(problem: PlanningProblem, plan: Plan) -> PlanCosts:
     route = find_route(problem.graph, plan, problem.input_kind)
     profile = problem.profile
     names = tier_names(problem, plan.head)
-    idle_s = [_idle_s(profile, names[tier], route.stage(tier).layers) for tier in Tier]
+    tiled = {layer for span in plan.tiles for layer in range(span.start, span.stop)}
+    alone = [tuple(layer for layer in route.stage(tier).layers if layer not in tiled) for tier in Tier]
+    idle_s = [_idle_s(profile, names[tier], alone[tier]) for tier in Tier]
     outputs = set(problem.graph.outputs)
     crossing: list[Iterable[str]] = [(), (), (), ()]
     for hop, up in enumerate(route.up):
@@ -143,6 +150,8 @@ def compile_plan(problem: PlanningProblem, plan: Plan) -> PlanCosts:
         idle_s=np.array([idle_s]),
         has_layers=np.array([[bool(route.stage(tier).layers) for tier in Tier]], dtype=np.float64),
         columns=columns[:, None, :],
+        peers=plan.edge_nodes[1:] if plan.tiles else (),
+        tiles=compile_tiles(problem, plan),
     )
 
 
@@ -164,7 +173,14 @@ def _idle_s(profile: ModelProfile, name: str, layers: tuple[int, ...]) -> float:
 
 
 def _rows(
-    problem: PlanningProblem, path: Sequence[str], *, idle_s: FloatArray, has_layers: FloatArray, columns: FloatArray
+    problem: PlanningProblem,
+    path: Sequence[str],
+    *,
+    idle_s: FloatArray,
+    has_layers: FloatArray,
+    columns: FloatArray,
+    peers: Sequence[str] = (),
+    tiles: TileRows | None = None,
 ) -> PlanCosts:
     """Make the rows of plans that take one path.
 
@@ -174,6 +190,8 @@ def _rows(
         idle_s: shape (K, 3).
         has_layers: shape (K, 3).
         columns: shape (5, K, H): plain, coded, plain work, coded work bytes, and whether the encoded input crosses.
+        peers: names of the nodes that run tiles, the head apart.
+        tiles: of one plan.
     """
     layout = layout_of(problem)
     profiles = [problem.profile.nodes.get(name, _NO_PROFILE) for name in path]
@@ -182,7 +200,9 @@ def _rows(
     has_hop = np.zeros(NUM_HOPS)
     s_per_byte = np.zeros(NUM_HOPS)
     needs = np.zeros(len(layout.nodes))
-    needs[[layout.node_slot[name] for name in path]] = 1.0
+    needs[[layout.node_slot[name] for name in (*path, *peers)]] = 1.0
+    needs_links = np.zeros(len(layout.links))
+    needs_links[[layout.link_slot[path[1], peer] for peer in peers]] = 1.0
     tiers = _tiers_of(problem, path)
     for hop, (near, far) in enumerate(itertools.pairwise(path)):
         back = NUM_HOPS - 1 - hop
@@ -211,8 +231,9 @@ def _rows(
         # Two messages per hop, out and back.
         "message_s": np.array([2.0 * sum(profile.fixed_s for profile in profiles[1:])]),
         "needs": needs[None],
+        "needs_links": needs_links[None],
     }
-    return _make_costs(layout, columns_by_name)
+    return _make_costs(layout, columns_by_name, tiles)
 
 
 def _tiers_of(problem: PlanningProblem, path: Sequence[str]) -> list[Tier]:

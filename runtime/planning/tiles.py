@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import PlanError
-from runtime.planning.tiling import crossing, find_sizes, find_spans, plan_tiles, region_bytes
+from runtime.planning.tiling import Tiling, crossing, find_sizes, find_spans, plan_tiles, region_bytes
 from runtime.types import GraphSpec, SpatialOp, TileSpan, ValueSpec, Window
 
 Ints = NDArray[np.int64]
@@ -87,16 +87,21 @@ def cost_tiles(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> T
         raise ValueError(f"expected a node for each of the {len(tiling.tiles)} tiles, got {len(nodes)}")
     sent = [0] + [region_bytes(graph, tile.inputs) for tile in tiling.tiles[1:]]
     back = [0] + [region_bytes(graph, tile.outputs) for tile in tiling.tiles[1:]]
-    compute = []
-    for node, tile in zip(nodes, tiling.tiles, strict=False):
-        seconds = 0.0
-        for index in tiling.stage.layers:
-            for op, (fixed_s, whole_s) in zip(graph.layers[index].spatial, op_seconds(graph, node, index), strict=True):
-                seconds += fixed_s + whole_s * tile.ops[op.name].makes.area / (op.size[0] * op.size[1])
-        compute.append(seconds)
+    compute = [tile_seconds(graph, tiling, node)[index] for index, node in enumerate(nodes[: len(tiling.tiles)])]
     links = _Links.of(nodes[: len(tiling.tiles)])
     scatter, gather = links.times(np.array(sent, float), np.array(back, float))
     return TileCost(tuple(compute), tuple(scatter.tolist()), tuple(gather.tolist()), tuple(sent), tuple(back))
+
+
+def tile_seconds(graph: GraphSpec, tiling: Tiling, node: TileNode) -> tuple[float, ...]:
+    """Seconds that one node needs for each tile of a span, if it has it to itself."""
+    seconds = [0.0] * len(tiling.tiles)
+    for layer in tiling.stage.layers:
+        for op, (fixed_s, whole_s) in zip(graph.layers[layer].spatial, op_seconds(graph, node, layer), strict=True):
+            whole_area = op.size[0] * op.size[1]
+            for index, tile in enumerate(tiling.tiles):
+                seconds[index] += fixed_s + whole_s * tile.ops[op.name].makes.area / whole_area
+    return tuple(seconds)
 
 
 def op_seconds(graph: GraphSpec, node: TileNode, layer: int) -> list[tuple[float, float]]:

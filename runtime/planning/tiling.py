@@ -11,11 +11,12 @@ Rows and columns never mix: every rule here is about one axis, and a region is w
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from runtime.errors import PlanError
-from runtime.planning.problem import Stage, make_stage
-from runtime.types import GraphSpec, SpatialOp, Tier, TileSpan, ValueSpec, Window
+from runtime.planning.problem import ById, Stage, find_route, make_stage
+from runtime.types import GraphSpec, Plan, SpatialOp, Tier, TileSpan, ValueSpec, Window
 
 Interval = tuple[int, int]
 """Half-open range of rows or columns."""
@@ -181,6 +182,12 @@ def plan_tiles(graph: GraphSpec, span: TileSpan) -> Tiling:
     Raises:
         PlanError: when the span is not tileable in this graph, or the lines do not cut every output.
     """
+    return _plan_tiles(ById(graph), span)
+
+
+@lru_cache(maxsize=1024)
+def _plan_tiles(by_id: ById, span: TileSpan) -> Tiling:
+    graph = by_id.spec
     check_span(graph, span.start, span.stop)
     stage = make_stage(graph, Tier.EDGE, range(span.start, span.stop))
     ops = tuple(op for layer in graph.layers[span.start : span.stop] for op in layer.spatial)
@@ -237,6 +244,20 @@ def find_sizes(graph: GraphSpec, ops: Iterable[SpatialOp]) -> dict[str, tuple[in
     return sizes
 
 
+def find_parts(graph: GraphSpec, plan: Plan, input_kind: str) -> tuple[Part, ...]:
+    """The parts of the edge's share under a plan, in the order in which they run; cached per graph, plan and kind.
+
+    Raises:
+        PlanError: as `plan_parts`.
+    """
+    return _parts(ById(graph), find_route(graph, plan, input_kind).edge, plan.tiles)
+
+
+@lru_cache(maxsize=256)
+def _parts(graph: ById, stage: Stage, spans: tuple[TileSpan, ...]) -> tuple[Part, ...]:
+    return plan_parts(graph.spec, stage, spans)
+
+
 def plan_parts(graph: GraphSpec, stage: Stage, spans: Iterable[TileSpan]) -> tuple[Part, ...]:
     """Split a stage into what runs before, in, between and after its tiled spans.
 
@@ -283,6 +304,12 @@ def find_spans(graph: GraphSpec) -> tuple[TileableSpan, ...]:
     A stretch ends before any layer that is not made region by region. A span may stop wherever each value that crosses
     there and was made in the stretch has at least two rows and two columns; several values may cross.
     """
+    return _find_spans(ById(graph))
+
+
+@lru_cache(maxsize=64)
+def _find_spans(by_id: ById) -> tuple[TileableSpan, ...]:
+    graph = by_id.spec
     spans = []
     start = 0
     for index in range(graph.num_layers + 1):

@@ -1,6 +1,7 @@
 """A whole deployment on this machine: real worker processes on loopback, and links that can be cut."""
 
 import contextlib
+import itertools
 import logging
 import re
 import shutil
@@ -75,6 +76,27 @@ class Relay:
 
 
 @dataclass(frozen=True, slots=True)
+class RelayPair:
+    """The relays between two edge nodes, each of which calls the other.
+
+    Each relay has its own budget per direction; two heads that send tiles at the same time share none.
+    """
+
+    there: Relay  # the first end calls the second
+    back: Relay
+
+    def set_black_hole(self, on: bool) -> None:
+        """Swallow everything from now on, without a reset; or pass it on again."""
+        self.there.set_black_hole(on)
+        self.back.set_black_hole(on)
+
+    def shape(self, *, up: LinkShape | None = None, down: LinkShape | None = None) -> None:
+        """Give a direction another shape from now on: `up` is first end to second; None leaves it as it is."""
+        self.there.shape(up=up, down=down)
+        self.back.shape(up=down, down=up)
+
+
+@dataclass(frozen=True, slots=True)
 class _Node:
     """How one worker is started."""
 
@@ -93,7 +115,8 @@ class Cluster:
         edges: names of the edge nodes.
         has_cloud: whether there is a cloud node.
         constraints: of the deployment.
-        relays: links that go through a `Relay`: the name of a node for its link from the device, or both ends.
+        relays: links that go through a `Relay`: the name of a node for its link from the device, or both ends, the one
+            nearer to the device first, two edge nodes in any order.
         worker_options: more command line for every worker, such as `--queue 2`.
         emulate: what nodes pretend to be, by name; `device` for the device itself.
         links: links that are emulated; each goes through a `Relay`.
@@ -122,6 +145,7 @@ class Cluster:
         self._processes: dict[str, ManagedProcess] = {}
         self._addresses: dict[str, str] = {}
         self._nodes: dict[str, _Node] = {}
+        self._introductions: dict[str, tuple[str, ...]] = {}  # edge node -> the others, as it reaches them
         self._restarts: Counter[str] = Counter()
         self._gates: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)  # one restart or command a node
         self._contention: dict[str, float] = {}
@@ -242,6 +266,7 @@ class Cluster:
             process.wait()
             self._launch(self._nodes[name], self._addresses[name])
             self._await(name)
+            self._introduce(name)
             if name in self._contention:
                 self.set_contention(name, self._contention[name])
 
@@ -256,13 +281,15 @@ class Cluster:
         """Relays in the device's own links, by the node at the other end."""
         return {far: relay for (near, far), relay in self._relays.items() if near == DEVICE_NODE}
 
-    def link(self, near: str, far: str) -> Relay:
-        """The relay in a link, its end nearer to the device first.
+    def link(self, near: str, far: str) -> Relay | RelayPair:
+        """The relay in a link, its end nearer to the device first; of two edge nodes any may be first.
 
         Raises:
             ClusterError: when this link has none.
         """
-        relay = self._relays.get((near, far))
+        relay, back = self._relays.get((near, far)), self._relays.get((far, near))
+        if relay is not None and back is not None:
+            return RelayPair(relay, back)
         if relay is None:
             known = ", ".join(f"{a} - {b}" for a, b in self._relays) or "none"
             raise ClusterError(
@@ -331,6 +358,7 @@ class Cluster:
         _check_name(model.spec)
         nodes = (*edges, *(() if cloud is None else (cloud,)))
         possible = {(DEVICE_NODE, name) for name in nodes} | {(name, cloud) for name in edges if cloud is not None}
+        possible |= set(itertools.permutations(edges, 2))
         if unknown := self._wanted - possible:
             raise ConfigError(f"expected links among {sorted(possible)}, got {sorted(unknown)}; the nearer end first")
         if unknown_nodes := self._emulate.keys() - {DEVICE_NODE, *nodes}:
@@ -348,8 +376,17 @@ class Cluster:
             self._launch(_Node(name, Tier.EDGE, (*base, *onward, *self._pace(name))), pick_address())
         for name in self._nodes:
             self._await(name)
+        for name in edges:
+            others = tuple(f"{other}={self._route(name, other)}" for other in edges if other != name)
+            self._introductions[name] = others
+            self._introduce(name)
         for name in self._nodes:
             self._route(DEVICE_NODE, name)
+
+    def _introduce(self, name: str) -> None:
+        """Tell an edge node where the others are: their addresses are not known before it has started."""
+        if others := self._introductions.get(name):
+            self._processes[name].command(msgspec.json.encode({"connect": others}).decode())
 
     def _pace(self, name: str) -> tuple[str, ...]:
         """The part of a worker's command line that says what it pretends to be."""
@@ -361,7 +398,8 @@ class Cluster:
 
     def _route(self, near: str, far: str) -> str:
         """Address at which one end of a link reaches the other: its relay's, where there is to be one."""
-        if (near, far) not in self._wanted:
+        is_wanted = (near, far) in self._wanted or (far, near) in self._wanted  # two edge nodes stand in any order
+        if not is_wanted:
             return self._addresses[far]
         relay = self._relays[near, far] = Relay(f"relay-{near}-{far}", self._addresses[far], self.folder)
         return relay.address

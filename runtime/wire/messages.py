@@ -11,7 +11,7 @@ import msgspec
 from runtime.presets import NodeEmulation
 from runtime.types import CODECS, GraphSpec, NodeProfile, NodeState, Plan, Tier
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised whenever a message changes its meaning; peers of different versions refuse each other by name."""
 
 CAPABILITIES = CODECS[1:]
@@ -43,6 +43,8 @@ class Hop(msgspec.Struct, frozen=True, array_like=True):
     upload_s: float = 0.0  # to the next node, measured by acknowledgement
     next_node: str = ""
     predicted_s: float = 0.0  # idle seconds predicted for the same segment
+    tiles_s: float = 0.0  # beyond its own computing: cutting, sending, awaiting and joining tiles of other nodes
+    reason: str = ""  # why tiles did not run where the plan says; empty when they did
 
 
 # --- control: handshake ---------------------------------------------------------------------------------------------
@@ -167,8 +169,18 @@ ControlMessage = (
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
+class TileRef(msgspec.Struct, frozen=True, array_like=True):
+    """One tile of a plan."""
+
+    span: int  # index in `Plan.tiles`
+    tile: int  # row-major in its grid
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Run your share of `plan` on these tensors, send the rest on, answer with a `Result`."""
+    """Run your share of `plan` on these tensors, send the rest on, answer with a `Result`.
+
+    With `tile` the share is that tile alone, the tensors are its slices, and the result is what the tile makes.
+    """
 
     request: int
     model_id: str
@@ -176,10 +188,11 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     input_kind: str
     remaining_s: float  # time left when this was sent; inf: no deadline
     tensors: tuple[TensorHeader, ...]
+    tile: TileRef | None = None
 
 
 class Result(msgspec.Struct, frozen=True, tag=True):
-    """The outputs of a request that were made on this node or behind it."""
+    """The outputs of a request that were made on this node or behind it, or of a tile."""
 
     request: int
     hops: tuple[Hop, ...]  # this node first

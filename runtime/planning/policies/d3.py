@@ -1,4 +1,4 @@
-"""D3's horizontal partition: layers to three tiers by a walk over the graph, adjusted locally while it runs.
+"""D3: layers to three tiers by a walk over the graph (HPA), adjusted locally while it runs; the edge's share in tiles.
 
 References:
     Zhang, Xiang, Zhang, Li, Zhu, Gu, "Dynamic DNN Decomposition for Lossless Synergistic Inference", 2021 (arXiv
@@ -12,7 +12,9 @@ References:
     node is tried, and the cheapest topology by predicted total is answered; the load factor k stands for what the paper
     reads of a node's resources; round trips and the way back of the result count, queue delays do not. Thresholds,
     samples and dwell are guesses, counted in decisions, because a rule sees no clock. A node that goes down or comes
-    back has everything labelled anew. Tiles come from elsewhere.
+    back has everything labelled anew. VSM: with several edge nodes the edge's share is cut into tiles where that is
+    predicted to pay, by `runtime.planning.grids`; HPA itself does not know of them, so it may leave to the cloud what
+    tiles would make faster at the edge.
 """
 
 import itertools
@@ -23,11 +25,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.planning.arrays import FloatArray, IntArray
-from runtime.planning.estimators import Estimator, Readings, last_value
+from runtime.planning.arrays import FloatArray, IntArray, encode_states
+from runtime.planning.cost import predict_total
+from runtime.planning.estimators import (
+    ArrayEstimator,
+    Estimator,
+    Readings,
+    last_value,
+    last_value_arrays,
+    tuned,
+    tuned_arrays,
+)
+from runtime.planning.grids import tile_options, tiled_plans
 from runtime.planning.policies.hpa import LabelGraph, Partition
 from runtime.planning.policies.optimal import OptimalPolicy, build_optimal
-from runtime.planning.problem import PlanningProblem
+from runtime.planning.problem import PlanningProblem, Policy
+from runtime.planning.rows import PlanCosts, compile_plan
 from runtime.planning.weights import LastResort, Topology, Weigher, Workload, find_topologies, is_up
 from runtime.types import Plan, SystemState
 
@@ -155,8 +168,65 @@ class D3Policy:
         return self._plan
 
 
-def build_d3(problem: PlanningProblem, estimator: Estimator = last_value) -> D3Policy:
-    """Build D3's rule, without tiles.
+@dataclass(slots=True)
+class TiledD3Policy:
+    """HPA, its edge share in tiles where that is predicted to pay when the layers are labelled."""
+
+    hpa: D3Policy
+    array_estimator: ArrayEstimator
+    is_stateful: bool = True
+    _plan: Plan | None = None
+    _up: tuple[bool, ...] = ()
+    _choices: dict[Plan, tuple[tuple[Plan, ...], PlanCosts]] = field(default_factory=dict)
+
+    def plan(self, state: SystemState) -> Plan:
+        """Keep the plan, or label again what the readings tell to, and choose its tiles anew."""
+        base = self.hpa.plan(state)
+        up = tuple(is_up(state, node.name) for node in self.hpa.work.problem.deployment.nodes)
+        if self._plan is None or self.hpa.num_touched or up != self._up:
+            self._plan, self._up = self._choose(base, state), up
+        return self._plan
+
+    def _choose(self, base: Plan, state: SystemState) -> Plan:
+        plans, costs = self._choices_of(base)
+        arrays = encode_states(costs.layout, (state,))
+        seconds = predict_total(costs, self.array_estimator(arrays), arrays)[0]
+        missing = costs.full("needs") @ (1.0 - arrays.is_up[0])
+        missing += costs.full("needs_links") @ np.isnan(arrays.rtt_s[0])  # edge nodes that do not know each other
+        seconds = np.where((missing == 0.0) & np.isfinite(seconds), seconds, np.inf)
+        return plans[int(seconds.argmin())]  # the first is the base
+
+    def _choices_of(self, base: Plan) -> tuple[tuple[Plan, ...], PlanCosts]:
+        known = self._choices.get(base)
+        if known is None:
+            problem = self.hpa.work.problem
+            plans = (base, *tiled_plans(problem, base))
+            known = self._choices[base] = plans, PlanCosts.stack([compile_plan(problem, plan) for plan in plans])
+        return known
+
+    def reset(self) -> None:
+        """Forget the labels: the next decision labels everything."""
+        self.hpa.reset()
+        self._plan, self._up = None, ()
+
+
+_ARRAYS: dict[Estimator, ArrayEstimator] = {last_value: last_value_arrays, tuned: tuned_arrays}
+
+
+def build_d3(problem: PlanningProblem, estimator: Estimator = last_value) -> Policy:
+    """Build D3's rule; the same as `build_hpa` where there are no edge nodes or layers for tiles.
+
+    Raises:
+        PlanError: when no plan at all is legal.
+    """
+    hpa = build_hpa(problem, estimator)
+    if not any(tile_options(problem, node.name) for node in problem.deployment.edges):
+        return hpa
+    return TiledD3Policy(hpa, _ARRAYS[estimator])
+
+
+def build_hpa(problem: PlanningProblem, estimator: Estimator = last_value) -> D3Policy:
+    """Build D3's rule without tiles.
 
     Raises:
         PlanError: when no plan at all is legal.

@@ -31,6 +31,7 @@ _PUBLISHED: dict[str, Callable[[PlanningProblem, Estimator], Policy]] = {
     "dads-k": dads.build_by_load_k,
     "loadpart": loadpart.build_loadpart,
     "d3": d3.build_d3,
+    "d3-hpa": d3.build_hpa,
     "optimal": optimal.build_optimal,
 }
 """Rules with a choice of estimator; `-k`: the server's load factor counts."""

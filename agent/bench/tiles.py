@@ -1,0 +1,196 @@
+"""Tiles: layers on two edge nodes at once, over the same layers on one.
+
+Two worker processes with one thread each, side by side on this machine: scatter and gather are real, over loopback.
+What is timed is the head's share alone, from the moment it begins until its outputs are there; whole and tiled take
+turns. Both processes need a core at the same moment, so of each the minimum counts: on a machine that is busy with
+something else the median says more about that.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from agent.bench.report import Bar, Report
+from runtime.deployment import ModelConfig
+from runtime.device.session import InferenceResult, Session
+from runtime.errors import OffcutError
+from runtime.model.graph import trace
+from runtime.model.inputs import admit
+from runtime.model.segment import SegmentCache
+from runtime.model.zoo import Model, load_model
+from runtime.planning.policies.registry import load_policy
+from runtime.planning.problem import PlanningProblem, make_stage
+from runtime.planning.tiles import TileChoice, TileNode, choose_tiles
+from runtime.planning.tiling import find_spans
+from runtime.presets import NodeEmulation
+from runtime.testbed.cluster import Cluster
+from runtime.types import Plan, SystemState, Tier
+
+BARS = {"torchvision:vgg16": "tiles_vgg16_two_nodes_speedup", "timm:darknet53": "tiles_darknet53_two_nodes_speedup"}
+SPEEDUP = 1.7
+ROUNDS = 15
+QUICK_ROUNDS = 2
+DEADLINE_S = 120.0
+READY_S = 60.0
+"""Within which edge nodes must have found each other and measured their links."""
+
+TOLERANCE = 1e-3
+"""Largest error behind tiles in float32, relative to the largest output: as the tests of the models have it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TilesConfig:
+    """Compare tiled layers on several edge nodes with the same layers on one."""
+
+    json: Path | None = None
+    """Where to write the report as JSON."""
+
+    models: tuple[str, ...] = tuple(BARS)
+    """Which models; only VGG-16 and Darknet-53 have bars."""
+
+    quick: bool = False
+    """Few rounds on two nodes: shows that everything works, not how well."""
+
+
+def run_tiles(config: TilesConfig) -> Report:
+    """Measure two real nodes, and four that replay, for every model."""
+    report = Report("tiles", "codec raw; one thread a process; four nodes are replayed: their computing is a profile")
+    rounds = QUICK_ROUNDS if config.quick else ROUNDS
+    for spec in config.models:
+        name = spec.partition(":")[2]
+        model = load_model(spec)
+        speedup = _measure(report, model, f"{name}, 2 nodes", 2, rounds, replays=False)
+        if spec in BARS:
+            report.bars.append(Bar(BARS[spec], speedup, SPEEDUP, "higher"))
+        if not config.quick:
+            _measure(report, model, f"{name}, 4 nodes replayed", 4, rounds, replays=True)
+        _measure_threads(report, model, name, rounds)
+    return report
+
+
+@dataclass(slots=True)
+class _Times:
+    """Seconds of one way to run the layers, round by round."""
+
+    head_s: list[float] = field(default_factory=list)  # from the span's inputs to its outputs, at the head
+    total_s: list[float] = field(default_factory=list)  # of the request, from input to output
+
+
+def _measure(report: Report, model: Model, case: str, num_nodes: int, rounds: int, *, replays: bool) -> float:
+    """Time the tileable layers on one node and on several, in turns; return the speedup of the minima."""
+    names = tuple(f"edge{i}" for i in range(num_nodes))
+    emulate = dict.fromkeys(names, NodeEmulation(slow_down=1.0, mode="replay")) if replays else None
+    config = ModelConfig(spec=model.spec, input_kind="tensor")
+    with (
+        Cluster(config, edges=names, emulate=emulate) as cluster,
+        Session(cluster.deployment, load_policy("edge-only")) as session,
+    ):
+        choice, plans = _choose(session, names, model)
+        expected = session.infer(model.example, plan=plans["whole"], deadline_s=DEADLINE_S).output
+        times = {name: _Times() for name in plans}
+        for turn in track(range(rounds + 1), description=case):
+            for name, plan in plans.items():
+                result = session.infer(model.example, plan=plan, deadline_s=DEADLINE_S)
+                _check(result, expected)
+                if turn and result.latency is not None:  # the first one builds segments on every node
+                    times[name].head_s.append(result.latency.compute_s["edge0"])
+                    times[name].total_s.append(result.latency.total_s)
+    for name, measured in times.items():
+        report.add(f"{case}, {name}", "layers min", min(measured.head_s) * 1e3, "ms")
+        report.add(f"{case}, {name}", "layers p50", statistics.median(measured.head_s) * 1e3, "ms")
+        report.add(f"{case}, {name}", "end to end p50", statistics.median(measured.total_s) * 1e3, "ms")
+    speedup = min(times["whole"].head_s) / min(times["tiled"].head_s)
+    report.add(f"{case}, tiled", "speedup min", speedup, "")
+    report.add(f"{case}, tiled", "speedup p50", _ratio(times["whole"].head_s, times["tiled"].head_s), "")
+    report.add(f"{case}, tiled", "end to end speedup", _ratio(times["whole"].total_s, times["tiled"].total_s), "")
+    report.add(f"{case}, tiled", "predicted speedup", choice.untiled_s / choice.total_s, "")
+    return speedup
+
+
+def _ratio(whole_s: list[float], tiled_s: list[float]) -> float:
+    return statistics.median(whole_s) / statistics.median(tiled_s)
+
+
+def _choose(session: Session, names: tuple[str, ...], model: Model) -> tuple[TileChoice, dict[str, Plan]]:
+    """The tiles that fit the links as they are, and the plans: tileable layers on the edge, the rest in the cloud."""
+    _wait_for_links(session, names)
+    problem, state = session.problem("tensor"), session.state("tensor", 0, DEADLINE_S)
+    graph = problem.graph
+    start, stop = find_spans(graph)[0].start, find_spans(graph)[-1].stop
+    choice = choose_tiles(graph, [_tile_node(problem, state, name) for name in names], start, stop)
+    if not choice.spans:
+        raise OffcutError(f"expected tiles to pay for {model.spec} on {len(names)} nodes, got none; see the links")
+    tiers = (Tier.DEVICE,) * start + (Tier.EDGE,) * (stop - start) + (Tier.CLOUD,) * (graph.num_layers - stop)
+    tiled = Plan(tiers, names, choice.spans, "raw")
+    _wait_for(lambda: not session.infer(model.example, plan=tiled, deadline_s=DEADLINE_S).reason)
+    return choice, {"whole": Plan(tiers, names[:1], codec="raw"), "tiled": tiled}
+
+
+def _tile_node(problem: PlanningProblem, state: SystemState, name: str) -> TileNode:
+    profile = problem.profile.nodes[name]
+    there, back = state.link("edge0", name), state.link(name, "edge0")
+    if there is None or back is None:
+        return TileNode(profile.layer_s)  # the head
+    to_bps, from_bps = there.samples[0].bandwidth_bps, back.samples[0].bandwidth_bps
+    return TileNode(profile.layer_s, to_bps, from_bps, there.rtt_s, profile.fixed_s)
+
+
+def _wait_for_links(session: Session, names: tuple[str, ...]) -> None:
+    """Wait until every edge node has measured its links."""
+
+    def is_known() -> bool:
+        state = session.state("tensor", 0, DEADLINE_S)
+        links = [state.link(*ends) for peer in names[1:] for ends in ((names[0], peer), (peer, names[0]))]
+        return all(link is not None and link.samples and link.rtt_s > 0 for link in links)
+
+    _wait_for(is_known)
+
+
+def _wait_for(holds: Callable[[], bool]) -> None:
+    until_s = time.perf_counter() + READY_S
+    while not holds():
+        if time.perf_counter() > until_s:
+            raise OffcutError(
+                f"the edge nodes did not find each other within {READY_S:.0f} s; run again on a quiet machine"
+            )
+        time.sleep(0.05)
+
+
+def _check(result: InferenceResult, expected: torch.Tensor) -> None:
+    """Refuse to time answers that are wrong or came another way."""
+    error = float((result.output - expected).abs().max() / expected.abs().max())
+    if result.outcome != "remote" or result.reason or not error <= TOLERANCE:
+        raise OffcutError(
+            f"expected an answer from the nodes within {TOLERANCE}, got {result.outcome} ({result.reason}) with an "
+            f"error of {error:.2g}; run again on a quiet machine"
+        )
+
+
+def _measure_threads(report: Report, model: Model, case: str, rounds: int) -> None:
+    """Time the same layers in this process with one thread and with two."""
+    graph = trace(model)
+    spans = find_spans(graph.spec)
+    stage = make_stage(graph.spec, Tier.EDGE, range(spans[0].start, spans[-1].stop))
+    before = make_stage(graph.spec, Tier.DEVICE, range(graph.spec.num_stage_layers, spans[0].start))
+    segments = SegmentCache(graph)
+    values = dict(admit(graph.spec, model.example).values)
+    values |= segments.get(before).run(values)
+    given = {name: values[name] for name in stage.needs}
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    try:
+        for _ in range(rounds + 1):
+            for threads, samples in seconds.items():
+                torch.set_num_threads(threads)
+                samples.append(segments.get(stage).run_timed(given)[1])
+    finally:
+        torch.set_num_threads(1)
+    for threads, samples in seconds.items():
+        case_ = f"{case}, {threads} thread{'s' if threads > 1 else ''}, no wire"
+        report.add(case_, "layers min", min(samples[1:]) * 1e3, "ms")
+        report.add(case_, "layers p50", statistics.median(samples[1:]) * 1e3, "ms")
+        report.add(case_, "speedup min", min(seconds[1][1:]) / min(samples[1:]), "")

@@ -1,0 +1,171 @@
+"""The tiles that a head has given to other edge nodes: who has which, who gave up, until when to wait."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from runtime.node.job import Job
+from runtime.node.state import Key
+from runtime.node.tiling import Parcel
+from runtime.types import TileSpan
+from runtime.wire.channel import Hub
+from runtime.wire.events import Peer
+from runtime.wire.messages import Cancel, Submit, TileRef
+from runtime.wire.pack import Packed
+
+PATIENCE = 3.0
+"""A tile is given up when it has taken this many times as long as the head's own, transfers apart: tiles are cut to take
+equally long. Guess."""
+
+SLACK_S = 0.25
+"""Added to it: two processes on a busy machine are woken late. Guess."""
+
+PROTECTION_FACTOR = 1.5
+"""The head stops waiting when the deadline is this many times the seconds away that it needs to do without."""
+
+
+@dataclass(slots=True)
+class _Tile:
+    """One tile on another node."""
+
+    key: Key
+    tile: int
+    peer: Peer
+    sent_at_s: float
+    transfer_s: float  # expected, both ways
+
+
+class Scatter:
+    """Tiles that are out. `post` may be called from any thread, everything else from the loop's.
+
+    Args:
+        hub: sends.
+        jobs: the requests on this node.
+        next_number: gives a number for a message that no other message to a node has.
+    """
+
+    def __init__(self, hub: Hub, jobs: Mapping[Key, Job], next_number: Callable[[], int]) -> None:
+        self._hub = hub
+        self._jobs = jobs
+        self._next_number = next_number
+        self._posted: deque[tuple[Key, TileSpan, tuple[Parcel, ...]]] = deque()
+        self._out: dict[int, _Tile] = {}
+        self._give_up_at_s: dict[Key, float] = {}
+
+    def post(self, key: Key, span: TileSpan, parcels: tuple[Parcel, ...]) -> None:
+        """Have tiles sent by the loop."""
+        self._posted.append((key, span, parcels))
+        self._hub.wake()
+
+    def send_posted(self, peers: Mapping[str, Peer], now_s: float) -> list[Key]:
+        """Send what was posted; return requests of which no tile is out any more, because nobody was there."""
+        ended = []
+        while self._posted:
+            key, span, parcels = self._posted.popleft()
+            job = self._jobs.get(key)
+            if job is None or job.tiled is None:
+                continue  # cancelled meanwhile
+            for parcel in parcels:
+                name = job.submit.plan.edge_nodes[parcel.tile]
+                peer = peers.get(name)
+                if peer is None or not peer.is_up:
+                    ended += self._end(key, parcel.tile, f"{name} is not connected")
+                else:
+                    self._send(key, job, span, parcel, peer, now_s)
+        return ended
+
+    def _send(self, key: Key, job: Job, span: TileSpan, parcel: Parcel, peer: Peer, now_s: float) -> None:
+        plan, number = job.submit.plan, self._next_number()
+        tiling = job.model.tiles.tiling(span)
+        back_bytes = sum(
+            value.tensor.nbytes for value in job.model.graph.spec.values if value.name in tiling.stage.makes
+        )
+        self._out[number] = _Tile(
+            key, parcel.tile, peer, now_s, self._transfer_s(peer, parcel.packed.nbytes + back_bytes / len(tiling.tiles))
+        )
+        ref = TileRef(plan.tiles.index(span), parcel.tile)
+        left_s = job.arrived_at_s + job.submit.remaining_s - now_s
+        submit = Submit(
+            number, job.submit.model_id, plan, job.submit.input_kind, left_s, parcel.packed.headers, tile=ref
+        )
+        self._hub.send_data(peer, submit, parcel.packed.frames, number)
+
+    def _transfer_s(self, peer: Peer, nbytes: float) -> float:
+        link = self._hub.link_state(peer)
+        rtt_s = 0.0 if math.isnan(link.rtt_s) else link.rtt_s
+        bandwidth_bps = link.samples[0].bandwidth_bps if link.samples else math.inf
+        return rtt_s + (nbytes + link.backlog_bytes) * 8.0 / bandwidth_bps
+
+    # --- what becomes of them; each returns the requests of which no tile is out any more -----------------------------
+
+    def take(self, number: int, packed: Packed) -> list[Key]:
+        """A node has answered."""
+        tile = self._out.pop(number, None)
+        if tile is None:
+            return []  # given up or cancelled meanwhile
+        job = self._jobs[tile.key]
+        assert job.tiled is not None  # or nothing of it would be out
+        job.tiled.back[tile.tile] = packed
+        return self._end(tile.key, tile.tile, "")
+
+    def fail(self, number: int, why: str) -> list[Key]:
+        """A node will not answer."""
+        tile = self._out.pop(number, None)
+        return [] if tile is None else self._end(tile.key, tile.tile, f"{tile.peer.name}: {why}")
+
+    def lose(self, peer: Peer, reason: str) -> list[Key]:
+        """The link to a node is gone."""
+        numbers = [number for number, tile in self._out.items() if tile.peer is peer]
+        return [key for number in numbers for key in self.fail(number, f"lost ({reason})")]
+
+    def give_up(self, now_s: float) -> list[Key]:
+        """Stop waiting where that has taken too long."""
+        due = [key for key, at_s in self._give_up_at_s.items() if now_s >= at_s]
+        ended = []
+        for key in due:
+            for number, tile in list(self._out.items()):
+                if tile.key == key:
+                    self._recall(number, tile)
+                    ended += self.fail(number, "late")
+        return ended
+
+    def _end(self, key: Key, tile: int, why: str) -> list[Key]:
+        tiled = self._jobs[key].tiled
+        assert tiled is not None  # or nothing of it would be out
+        tiled.waiting.discard(tile)
+        if why:
+            tiled.lost[tile] = why
+        if tiled.waiting:
+            return []
+        self._give_up_at_s.pop(key, None)
+        return [key]
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
+
+    def wait(self, key: Key, deadline_at_s: float, now_s: float) -> None:
+        """The head's own tile is done: from here on other nodes are waited for, and for how long."""
+        job = self._jobs[key]
+        out = [tile for tile in self._out.values() if tile.key == key]
+        if job.tiled is None or not out:
+            return
+        own_s = now_s - min(tile.sent_at_s for tile in out)
+        at_s = max(tile.sent_at_s + PATIENCE * (own_s + tile.transfer_s) + SLACK_S for tile in out)
+        self._give_up_at_s[key] = min(at_s, deadline_at_s - PROTECTION_FACTOR * job.tiled.remainder_s)
+
+    @property
+    def next_due_s(self) -> float:
+        """When `give_up` has something to do; inf when nothing is waited for."""
+        return min(self._give_up_at_s.values(), default=math.inf)
+
+    def drop(self, key: Key) -> None:
+        """A request has ended otherwise: its tiles are wanted no more."""
+        self._give_up_at_s.pop(key, None)
+        for number, tile in list(self._out.items()):
+            if tile.key == key:
+                del self._out[number]
+                self._recall(number, tile)
+
+    def _recall(self, number: int, tile: _Tile) -> None:
+        self._hub.withdraw(tile.peer, number)
+        self._hub.send(tile.peer, Cancel(number))
