@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,26 @@ def site():
     return toy_site()
 
 
+def without(site, plan):
+    """The same site, where one plan is no candidate."""
+    known = site.candidates
+    rows = [row for row in range(known.num_plans) if known.plans[row] != plan]
+    places = np.array(rows + [rows[0]] * (len(known.plans) - len(rows)))
+    smaller = replace(
+        known,
+        plans=tuple(known.plans[row] for row in places),
+        costs=known.costs.take(places),
+        num_plans=len(rows),
+        down_cost=known.down_cost[:, places],
+        link_cost=known.link_cost[:, places],
+        padding_cost=np.where(np.arange(len(places)) < len(rows), 0.0, known.padding_cost.max() + 1e18),
+        index={known.plans[row]: place for place, row in enumerate(rows)},
+    )
+    other = replace(site)
+    object.__setattr__(other, "candidates", smaller)
+    return other
+
+
 def play(twin, site, world: World, plans) -> tuple[np.ndarray, list[str]]:
     """Run plans through a world: latency and outcome of every request."""
     twin.load(0, site, world)
@@ -93,6 +114,7 @@ def test_uplink_backlog_delays_by_the_acknowledgement(site):
 
 def test_plan_over_head_and_cloud_adds_up_and_its_first_run_builds_what_no_candidate_has(site):
     plan = Plan.split(3, 1, 2, edge_nodes=("edge0",))
+    site = without(site, plan)
     assert plan not in site.candidates.index
     latency_s, _ = play(Twin(1, 3), site, still_world(site, [2.0, 4.0, 9.0]), [plan, plan])
     up_s = DEVICE_S[0] + CUT_UP_S + HALF_S + EDGE_S[1] + CUT_BYTES * 8 / BACKBONE_BPS + BACKBONE_RTT_S / 2
