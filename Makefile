@@ -30,7 +30,7 @@ check: setup  ## Format, lint, types, import contracts
 
 test: setup  ## Tests without the slow ones, on two cores, with coverage of every process
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/coverage run -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -21,7 +21,7 @@ def make_event(number: int) -> Event:
     state = make_state(PROBLEM)
     predicted = estimate(PROBLEM, PLAN, state)
     return Event(
-        number, 0.5, "id", "fixed", PLAN.describe(), "0112", ("edge0",), "auto", state, predicted, None, "failed", "%s",
+        number, 0.5, "id", "fixed", PLAN.describe(), "0112", ("edge0",), (), "auto", state, predicted, None, "failed", "%s",
         False, True,
     )  # fmt: skip
 

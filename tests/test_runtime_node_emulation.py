@@ -159,8 +159,11 @@ def test_contention_below_one_is_refused_and_changes_nothing(contention: float) 
 def test_an_emulated_model_tells_the_profile_of_the_machine_that_it_pretends_to_be() -> None:
     real = load(MODELS[0], None)
     emulated = load(MODELS[0], NodeEmulation(slow_down=4.0))
-    assert emulated.profile.layer_s == tuple(4.0 * seconds for seconds in real.profile.layer_s)
-    assert emulated.profile.fixed_s == real.profile.fixed_s
+    told = Emulator(NodeEmulation(slow_down=4.0)).pretend(real.profile)
+    assert told.layer_s == tuple(4.0 * seconds for seconds in real.profile.layer_s)
+    assert (told.fixed_s, emulated.profile.fixed_s) == (real.profile.fixed_s,) * 2
+    # Each load may find that the machine is faster than was known, and correct the profile.
+    assert 2.0 < sum(emulated.profile.layer_s) / sum(real.profile.layer_s) < 6.0
 
 
 @pytest.mark.slow
