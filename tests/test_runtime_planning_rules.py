@@ -111,8 +111,10 @@ def test_once_local_loadpart_stays_local_as_q_rises_and_moves_the_split_for_no_o
 @few
 def test_the_bytes_sent_never_fall_as_bandwidth_rises(seed: int) -> None:
     problem = random_problem(seed, 15)
+    # Without packing: with it the same tensor is packed on slow links and plain on fast ones.
+    problem = replace(problem, profile=replace(problem.profile, lossless_ratio={}))
     policy, state = load_policy("loadpart").build(problem), random_state(problem, seed)
-    sizes = {v.name: v.tensor.nbytes / problem.profile.lossless_ratio.get(v.name, 1) for v in problem.graph.values}
+    sizes = {v.name: v.tensor.nbytes for v in problem.graph.values}
     one_way = [x for x in state.links if x.target != "device"]  # the way back is not among the bytes sent
     sent = []
     for factor in (0.01, 0.1, 0.3, 1, 3, 10):
