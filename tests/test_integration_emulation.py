@@ -1,6 +1,5 @@
 """An emulated deployment as a session sees it: service times, k, q, replayed answers, links, events on a clock."""
 
-import itertools
 import threading
 from collections.abc import Iterator
 
@@ -8,11 +7,12 @@ import pytest
 import torch
 
 import runtime
+from agent.bench.testbed import mean_wait_s
 from runtime.deployment import Deployment, LinkConfig, ModelConfig, NodeConfig
 from runtime.device.session import Session
 from runtime.errors import ClusterError, ConfigError
 from runtime.presets import LinkEmulation, NodeEmulation
-from runtime.testbed.arrivals import Arrivals, LoadShape
+from runtime.testbed.arrivals import LoadShape
 from runtime.testbed.cluster import Cluster
 from runtime.testbed.rate import LinkShape
 from runtime.testbed.timeline import (
@@ -259,13 +259,3 @@ def test_under_load_alone_k_stays_one_and_the_wait_is_what_queueing_theory_says(
     held = report.mean_held_s / service_s * utilisation
     in_the_long_run_s = held * report.mean_held_s / (2.0 * (1.0 - held))
     assert report.mean_queue_s == pytest.approx(in_the_long_run_s, rel=0.35)
-
-
-def mean_wait_s(shape: LoadShape, service_s: float, length_s: float) -> float:
-    """Mean wait of a load's requests at a server that takes the same time for each."""
-    arrivals = Arrivals(shape)
-    times = list(itertools.takewhile(lambda at_s: at_s < length_s, iter(arrivals.next_s, None)))
-    waits = [0.0]
-    for before, after in itertools.pairwise(times):
-        waits.append(max(0.0, waits[-1] + service_s - (after - before)))
-    return sum(waits) / len(waits)

@@ -28,6 +28,18 @@ def commands(program: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{program} ")]
 
 
+def run_example(with_word: str, folder: Path) -> str:
+    """Run the first Python example that holds a word as a program beside a picture; what it printed."""
+    example = next(block for block in blocks("python") if with_word in block)
+    (folder / "example.py").write_text(example)
+    shutil.copy(sample_photo(), folder / "frame.jpg")
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=folder, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_every_offcut_command_parses() -> None:
     assert len(commands("offcut")) >= 5
     for arguments in commands("offcut"):
@@ -87,28 +99,15 @@ def test_a_model_of_ones_own_and_the_second_example_run_as_they_stand(
 @pytest.mark.integration
 @pytest.mark.timeout(260)
 def test_the_first_example_runs_as_it_stands(tmp_path: Path) -> None:
-    example = next(block for block in blocks("python") if "Cluster.local" in block)
-    (tmp_path / "example.py").write_text(example)
-    shutil.copy(sample_photo(), tmp_path / "frame.jpg")
-    done = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "edge0[0:" in done.stdout
-    assert "remote" in done.stdout
+    out = run_example("Cluster.local", tmp_path)
+    assert "edge0[0:" in out
+    assert "remote" in out
 
 
 @pytest.mark.integration
 @pytest.mark.timeout(260)
 def test_the_example_of_an_emulated_device_runs_as_it_stands(tmp_path: Path) -> None:
-    example = next(block for block in blocks("python") if "NodeEmulation" in block)
-    (tmp_path / "example.py").write_text(example)
-    shutil.copy(sample_photo(), tmp_path / "frame.jpg")
-    done = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    plan, outcome = done.stdout.splitlines()
+    plan, outcome = run_example("NodeEmulation", tmp_path).splitlines()
     assert "[0:" in plan
     assert outcome in ("local", "device", "remote")
 

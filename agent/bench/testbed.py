@@ -159,11 +159,11 @@ def _read_q(
     in_theory_s = held_frac * told.mean_held_s / (2.0 * (1.0 - held_frac))
     report.add(case, "k", k, "")
     report.add(case, "wait", told.mean_queue_s * 1e3, "ms")
-    report.add(case, "recursion", _mean_wait_s(shape, told.mean_held_s, length_s) * 1e3, "ms")
+    report.add(case, "recursion", mean_wait_s(shape, told.mean_held_s, length_s) * 1e3, "ms")
     report.add(case, "M/D/1", in_theory_s * 1e3, "ms")
 
 
-def _mean_wait_s(shape: LoadShape, service_s: float, length_s: float) -> float:
+def mean_wait_s(shape: LoadShape, service_s: float, length_s: float) -> float:
     """Mean wait of a load's requests at a server that takes the same time for each: Lindley's recursion."""
     arrivals = Arrivals(shape)
     times = list(itertools.takewhile(lambda at_s: at_s < length_s, iter(arrivals.next_s, None)))
