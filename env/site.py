@@ -1,7 +1,7 @@
 """A site: one model on one device and its nodes, compiled once, where many episodes take place."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def make_site(
         ratios: expected raw / coded bytes by value name.
         input_kind: what requests bring.
         ranges: what to draw from.
-        constraints: what plans must respect.
+        constraints: what plans must respect; tiles are ruled out in any case.
 
     Raises:
         PlanError: when no split is legal.
@@ -91,7 +91,7 @@ def make_site(
     slow |= {f"edge{n}": log_uniform(rng, ranges.slow_edge) for n in range(num_edges)}
     slow["cloud"] = log_uniform(rng, ranges.slow_cloud)
     nodes = {node: scale_profile(machine, factor) for node, factor in slow.items()}
-    limits = Constraints() if constraints is None else constraints
+    limits = replace(Constraints() if constraints is None else constraints, tiles=False)  # the twin knows none
     deployment = Deployment(
         model=ModelConfig(spec=name if ":" in name else f"profile:{name}", input_kind=input_kind),
         nodes=tuple(_node(node, 7001 + 2 * at) for at, node in enumerate(list(slow)[1:])),

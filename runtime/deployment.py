@@ -464,7 +464,7 @@ def _check_keys_of(index: int, node: NodeConfig, security: SecurityConfig) -> No
 def _check_constraints(limits: Constraints) -> None:
     """Check the constraints: the record itself does not, because it also travels inside problems already checked."""
     with _inside(("constraints",)):
-        for name in ("private_input", "lossless_only", "device_has_model"):
+        for name in ("private_input", "lossless_only", "device_has_model", "tiles"):
             _check_flag(getattr(limits, name), name)
         _check_deadline(limits)
         _check_tiers(limits)

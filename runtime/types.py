@@ -265,6 +265,8 @@ class Constraints:
     """Time each request has; None: three times the predicted device-only latency."""
     device_has_model: bool = True
     """False: the device runs no layer, and must be given a deadline."""
+    tiles: bool = True
+    """False: no layer is cut into tiles for several edge nodes, and every answer is bit-equal to the whole model's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ LIMITS = st.builds(
     device_has_model=st.sampled_from([True, True, False]),
     allowed_tiers=st.sampled_from([*SUBSETS, tuple(Tier), tuple(Tier)]),
     lossless_only=st.booleans(),
+    tiles=st.booleans(),
 )
 PLACES = st.sampled_from([(1, True), (3, True), (0, True), (2, False)])
 KINDS = st.sampled_from([("encoded", True), ("image", True), ("tensor", True), ("tensor", False)])

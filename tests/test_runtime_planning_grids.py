@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.errors import PlanError
 from runtime.planning.arrays import encode_states
 from runtime.planning.candidates import candidates
 from runtime.planning.cost import estimate, predict_total
@@ -131,8 +132,16 @@ def test_one_edge_node_or_none_that_is_known_leaves_nothing_to_choose() -> None:
     problem = make_problem(graph, 1.0, 1.0)
     known = {name: node for name, node in problem.profile.nodes.items() if name != "edge1"}
     assert tile_options(replace(problem, profile=ModelProfile(graph, known)), "edge0") == ()
-    limits = Constraints(allowed_tiers=(Tier.DEVICE, Tier.CLOUD))
-    assert tile_options(make_problem(graph, 1.0, 1.0, constraints=limits), "edge0") == ()
+    for limits in (Constraints(allowed_tiers=(Tier.DEVICE, Tier.CLOUD)), Constraints(tiles=False)):
+        assert tile_options(make_problem(graph, 1.0, 1.0, constraints=limits), "edge0") == ()
+
+
+def test_a_plan_in_tiles_is_refused_where_the_constraints_rule_tiles_out() -> None:
+    graph = tower()
+    problem = make_problem(graph, 1.0, 1.0)
+    tiled = tiled_plans(problem, Plan.split(graph.num_layers, 0, graph.num_layers, edge_nodes=("edge0",)))[0]
+    with pytest.raises(PlanError, match="tiles = true"):
+        check_plan(replace(problem, constraints=Constraints(tiles=False)), tiled)
 
 
 def test_unequal_nodes_get_unequal_tiles_and_faster_peers_come_first() -> None:

@@ -42,7 +42,8 @@ def tile_options(problem: PlanningProblem, head: str) -> tuple[TileOption, ...]:
     """Choose tiles for a head and its peers, the faster ones first; empty where none pay or no peer has a profile."""
     profiles = problem.profile.nodes
     peers = [node.name for node in problem.deployment.edges if node.name != head and node.name in profiles]
-    if not peers or head not in profiles or Tier.EDGE not in problem.constraints.allowed_tiers:
+    limits = problem.constraints
+    if not peers or head not in profiles or Tier.EDGE not in limits.allowed_tiers or not limits.tiles:
         return ()
     names = (head, *sorted(peers, key=lambda name: sum(profiles[name].layer_s)))[:MAX_NODES]
     found = []

@@ -194,13 +194,15 @@ def check_plan(problem: PlanningProblem, plan: Plan, *, input_kind: str | None =
     check_monotone(problem.graph, plan, entry)
     _check_nodes(problem.deployment, plan)
     _check_constraints(problem, plan, entry)
-    _check_tiles(problem.graph, plan, kind)
+    _check_tiles(problem, plan, kind)
     return plan
 
 
-def _check_tiles(graph: GraphSpec, plan: Plan, input_kind: str) -> None:
+def _check_tiles(problem: PlanningProblem, plan: Plan, input_kind: str) -> None:
     from runtime.planning.tiling import find_parts  # here, because it makes stages and so imports this module
 
+    if plan.tiles and not problem.constraints.tiles:
+        raise PlanError("the plan cuts layers into tiles, which the constraints rule out; set tiles = true")
     for span in plan.tiles:
         if not 2 <= span.num_tiles <= len(plan.edge_nodes):
             raise PlanError(
@@ -208,7 +210,7 @@ def _check_tiles(graph: GraphSpec, plan: Plan, input_kind: str) -> None:
                 f"{span.num_tiles} tiles on {plan.edge_nodes}; name more edge_nodes or use fewer lines"
             )
     if plan.tiles:
-        find_parts(graph, plan, input_kind)
+        find_parts(problem.graph, plan, input_kind)
 
 
 def _check_nodes(deployment: Deployment, plan: Plan) -> None:
