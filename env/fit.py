@@ -3,28 +3,29 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from scipy.special import ndtri
 
-from env.families import NUM_QUANTILES, Family, save_families
+from env.families import NUM_LENGTHS, NUM_QUANTILES, Family, save_families
+from env.fit_report import write_report
+from env.recording import (
+    LAGS_S,
+    OUTAGE_FRAC,
+    Recording,
+    autocorrelation,
+    mean_of,
+    normal_scores,
+    ranks,
+    spells_s,
+    unit_s,
+)
 from env.traces import FloatArray, read_loads, read_networks, trace_files
 
-LAGS_S = (0.2, 1.0, 2.0, 5.0, 10.0, 20.0)
 _FAST_S = (0.1, 0.2, 0.35, 0.6, 1.0, 1.6, 2.5, 4.0)
 _SLOW_S = (5.0, 8.0, 12.0, 20.0, 35.0, 60.0, 100.0)
-_OUTAGE_FRAC = 0.05
-"""Below this share of the family's mean a link counts as out, in the report."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """One trace with even steps."""
-
-    step_s: float
-    values: FloatArray
+_MAX_LEVEL_VAR = 0.95
 
 
 def fit_folder(folder: str | Path, report: str | Path, table: str | Path | None = None) -> list[Family]:
@@ -32,7 +33,7 @@ def fit_folder(folder: str | Path, report: str | Path, table: str | Path | None 
 
     Args:
         folder: holds `network/` and `load/` with files named `family__trace.csv`.
-        report: Markdown file to write.
+        report: Markdown file to write, and a PNG of the same name beside it.
         table: JSON file to write; None replaces the table that the package ships.
 
     Raises:
@@ -45,10 +46,7 @@ def fit_folder(folder: str | Path, report: str | Path, table: str | Path | None 
         save_families(families)
     else:
         save_families(families, Path(table))
-    lines = [_HEAD]
-    for family in families:
-        lines += _report(family, recordings[(family.kind, family.name)])
-    Path(report).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_report([(family, recordings[(family.kind, family.name)]) for family in families], Path(report))
     return families
 
 
@@ -75,44 +73,57 @@ def _loads(folder: Path) -> dict[tuple[str, str], list[Recording]]:
 
 
 def _fit(name: str, kind: str, traces: Sequence[Recording]) -> Family:
-    """Fit one family; traces count by their length in time."""
-    values = np.concatenate([trace.values for trace in traces])
+    """Fit one family; traces count by their length in time. Loads have no outages: no load is a low one."""
+    limit = OUTAGE_FRAC * mean_of(traces) if kind == "network" else -math.inf
+    up = [Recording(t.step_s, np.where(t.values < limit, math.nan, t.values)) for t in traces]
+    values = np.concatenate([t.values for t in traces])
     weights = np.concatenate([np.full(len(t.values), t.step_s) for t in traces])
-    order = np.argsort(values, kind="stable")
-    share = (np.cumsum(weights[order]) - 0.5 * weights[order]) / weights.sum()
-    quantiles = np.interp(np.linspace(0.0, 1.0, NUM_QUANTILES), share, values[order])
-    normal = [ndtri(np.clip(_rank(values[order], share, t.values), 1e-4, 1.0 - 1e-4)) for t in traces]
-    lengths = np.array([len(t.values) * t.step_s for t in traces])
-    means = np.array([z.mean() for z in normal])
-    level_var = float(np.average((means - np.average(means, weights=lengths)) ** 2, weights=lengths))
-    level_var = min(level_var if len(traces) > 1 else 0.0, 0.95)
-    seconds = 1.0 if max(t.step_s for t in traces) <= 1.0 else max(t.step_s for t in traces)
+    is_out = values < limit
+    ordered, share = ranks(values[~is_out], weights[~is_out])
+    quantiles = np.interp(np.linspace(0.0, 1.0, NUM_QUANTILES), share, ordered)
+    normal = normal_scores(up)
+    seconds = unit_s(traces)
     lags = [lag * seconds for lag in LAGS_S]
-    target = _acf([(t.step_s, z) for t, z in zip(traces, normal, strict=True)], lags)
-    fast_s, slow_s, fast_var = _fit_memory(np.array(lags), target, seconds)
-    return Family(name, kind, tuple(quantiles.tolist()), level_var, fast_s, slow_s, fast_var)
+    fast_s, slow_s, fast_var = _fit_memory(np.array(lags), autocorrelation(normal, lags), seconds)
+    family = Family(name, kind, tuple(quantiles.tolist()), _level_var(normal), fast_s, slow_s, fast_var)
+    return _with_outages(family, traces, limit, values[is_out], weights[is_out]) if is_out.any() else family
 
 
-def _rank(ordered: FloatArray, share: FloatArray, values: FloatArray) -> FloatArray:
-    """Mid-ranks: equal values get one rank."""
-    low = np.searchsorted(ordered, values, side="left")
-    high = np.searchsorted(ordered, values, side="right") - 1
-    return 0.5 * (share[low] + share[high])
+def _level_var(normal: Sequence[Recording]) -> float:
+    """Variance between traces of what is left of them, weighed by how much that is."""
+    known = [(z.values[~np.isnan(z.values)], z.step_s) for z in normal]
+    lengths = np.array([len(z) * step_s for z, step_s in known])
+    means = np.array([z.mean() if len(z) else 0.0 for z, _ in known])
+    if len(normal) == 1:
+        return 0.0
+    return min(float(np.average((means - np.average(means, weights=lengths)) ** 2, weights=lengths)), _MAX_LEVEL_VAR)
 
 
-def _acf(traces: Sequence[tuple[float, FloatArray]], lags_s: Sequence[float]) -> FloatArray:
-    """Autocorrelation within traces at each lag, averaged over traces by length; NaN where no trace tells."""
-    total, weight = np.zeros(len(lags_s)), np.zeros(len(lags_s))
-    for step_s, z in traces:
-        centred = z - z.mean()
-        variance = float((centred**2).mean())
-        for at, lag_s in enumerate(lags_s):
-            lag = round(lag_s / step_s)
-            if variance < 1e-6 or lag < 1 or lag >= len(z) // 2 or abs(lag * step_s - lag_s) > 0.3 * lag_s:
-                continue
-            total[at] += float((centred[lag:] * centred[:-lag]).mean()) / variance * len(z) * step_s
-            weight[at] += len(z) * step_s
-    return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), math.nan)
+def _with_outages(
+    family: Family, traces: Sequence[Recording], limit: float, out_values: FloatArray, out_weights: FloatArray
+) -> Family:
+    """Give a family the recorded lengths of its outages and of what lies between them.
+
+    What lies between is cut short where a trace begins or ends: it is stretched until the share of the time that the
+    family is out is the recorded one.
+    """
+    out_s, up_s = (_atoms(lengths_s) for lengths_s in spells_s(traces, limit))
+    share = float(out_weights.sum()) / sum(len(t.values) * t.step_s for t in traces)
+    up_s *= out_s.sum() * (1.0 - share) / share / up_s.sum()
+    return replace(
+        family,
+        out_value=float(np.average(out_values, weights=out_weights)),
+        out_s=tuple(out_s.tolist()),
+        up_s=tuple(up_s.tolist()),
+    )
+
+
+def _atoms(lengths_s: FloatArray) -> FloatArray:
+    """Sum lengths up as so many that are each as likely, of the same mean: means between even quantiles."""
+    running = np.concatenate([[0.0], np.cumsum(np.sort(lengths_s))])
+    at = np.interp(np.linspace(0.0, len(lengths_s), NUM_LENGTHS + 1), np.arange(len(running)), running)
+    means_s: FloatArray = np.diff(at) * (NUM_LENGTHS / len(lengths_s))
+    return means_s
 
 
 def _fit_memory(lags_s: FloatArray, target: FloatArray, seconds: float) -> tuple[float, float, float]:
@@ -129,53 +140,3 @@ def _fit_memory(lags_s: FloatArray, target: FloatArray, seconds: float) -> tuple
             error = float(((share * fast + (1.0 - share) * slow - target[known]) ** 2).sum())
             best = min(best, (error, float(fast_s), float(slow_s), share))
     return best[1:]
-
-
-# --- the report -------------------------------------------------------------------------------------------------------
-
-_HEAD = """# Synthetic families beside the recordings they were fitted to
-
-Written by `scripts/fit_scenarios.py`, from training files only. Synthetic traces have the lengths, steps and number of the
-recordings. Network values in Mbit/s; load relative to its trace's mean, or utilisation. ACF: autocorrelation within a
-trace of the values' normal scores, for the lags in units of 1 s (or the recording's own step where that is longer). An
-outage is a run below 5 % of the family's mean.
-"""
-
-
-def _report(family: Family, traces: Sequence[Recording]) -> list[str]:
-    rng = np.random.default_rng(7)
-    synthetic = [Recording(t.step_s, family.sample(rng, len(t.values), t.step_s)) for t in traces]
-    unit = 1e6 if family.kind == "network" else 1.0
-    rows = [_statistics(family, traces, unit), _statistics(family, synthetic, unit)]
-    names = ["mean", "sd", "p5", "p25", "p50", "p75", "p95", *(f"ACF {lag:g}" for lag in LAGS_S), "sd of trace means"]
-    names += ["out, share", "outage mean s", "outage p95 s"]
-    lines = [
-        f"\n## {family.name} ({family.kind}, {len(traces)} files)\n",
-        f"level_var {family.level_var:.3f}, fast {family.fast_s:g} s ({family.fast_var:.2f}), slow {family.slow_s:g} s\n",
-        "| statistic | recorded | synthetic |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {name} | {a:.3g} | {b:.3g} |" for name, a, b in zip(names, *rows, strict=True)]
-    return lines
-
-
-def _statistics(family: Family, traces: Sequence[Recording], unit: float) -> list[float]:
-    values = np.concatenate([t.values for t in traces]) / unit
-    limit = _OUTAGE_FRAC * family.mean
-    runs = np.concatenate([_runs(t.values < limit) * t.step_s for t in traces])
-    seconds = 1.0 if max(t.step_s for t in traces) <= 1.0 else max(t.step_s for t in traces)
-    ordered = np.sort(np.concatenate([t.values for t in traces]))
-    share = (np.arange(len(ordered)) + 0.5) / len(ordered)
-    normal = [(t.step_s, ndtri(np.clip(_rank(ordered, share, t.values), 1e-4, 1 - 1e-4))) for t in traces]
-    acf = _acf(normal, [lag * seconds for lag in LAGS_S])
-    means = np.array([t.values.mean() / unit for t in traces])
-    out = float(np.concatenate([t.values < limit for t in traces]).mean())
-    tail = [out, float(runs.mean()), float(np.quantile(runs, 0.95))] if len(runs) else [out, 0.0, 0.0]
-    quantiles = np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])
-    return [float(values.mean()), float(values.std()), *quantiles.tolist(), *acf.tolist(), float(means.std()), *tail]
-
-
-def _runs(is_out: "np.typing.NDArray[np.bool_]") -> FloatArray:
-    """Lengths of the runs of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], is_out, [False]]).astype(np.int8)))
-    return (edges[1::2] - edges[::2]).astype(np.float64)
