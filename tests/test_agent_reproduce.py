@@ -238,6 +238,8 @@ def test_d3s_tables_survive_a_rule_that_sends_nothing(tmp_path: Path) -> None:
     ]
     text = write_report(paper, results[:3], tmp_path).read_text()
     assert "3 of 6 cells" in text
+    assert "HPA with tiles (VSM) on up to 2 edge nodes, `d3-hpa` HPA alone" in text
+    assert "| d3-hpa | 2 | 1.00x | 1.00x | 1.00x |" in text
     assert "| cloud-only | 2 | 1.00x | 1.00x | 1.00x |" in text
     assert "| cloud-only | 0 |  |  | 2 | 0 | D3 sends nothing |" in text
 

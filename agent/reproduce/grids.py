@@ -49,6 +49,9 @@ server. Only levels below 100 of the quicker networks reach it, where the queue 
 LAN_DELAY_S = 0.001
 """One way, device - edge. Guess: a Wi-Fi in the same room."""
 
+PEER_DELAY_S = 0.0002
+"""One way, between two edge nodes. Guess: one switch, and the drivers at both ends."""
+
 WAN_DELAY_S = 0.01
 """One way, to the cloud. Guess: a data centre of the same country; the papers' models count rates alone."""
 
@@ -118,19 +121,24 @@ class D3Grid:
     """Recalled with little confidence. Guess: device - cloud over the optical backbone, which is not recalled, is to
     edge - cloud as in the geometric mean of the other three (0.513)."""
     device_edge_bps: float = 84.95e6
-    """Recalled with little confidence: 5 GHz Wi-Fi."""
+    """Recalled with little confidence: 5 GHz Wi-Fi. Every edge node is reached alike."""
+    num_edges: int = 4
+    """Recalled with little confidence: four where tiles are used. HPA alone leaves all but one of them idle."""
+    edge_edge_bps: float = 1e9
+    """Guess: desktops in one room, on gigabit Ethernet."""
     rules: tuple[str, ...] = (
         "cloud-only",
         "edge-only",
         "neurosurgeon@cloud",
         "dads-light@cloud",
+        "d3-hpa",
         "d3",
         "optimal",
         "planner",
         "device-only",
     )
-    """In the order in which they take turns."""
-    repeat: int = 10
+    """In the order in which they take turns: HPA alone (d3-hpa) just before HPA with tiles (d3)."""
+    repeat: int = 5
     """Requests that count, per rule and cell."""
     encoded_networks: tuple[str, ...] = ("wifi",)
     """Networks over which the same is also sent encoded."""
@@ -147,7 +155,8 @@ Grid = LoadpartGrid | D3Grid
 
 def fingerprint(grid: Grid) -> str:
     """Short text that is another one as soon as any constant is."""
-    return sha256(repr((grid, MAX_LOAD_HZ, LAN_DELAY_S, WAN_DELAY_S, LATE_FRAC, MAX_REPEATS)).encode()).hexdigest()[:12]
+    constants = (grid, MAX_LOAD_HZ, LAN_DELAY_S, PEER_DELAY_S, WAN_DELAY_S, LATE_FRAC, MAX_REPEATS)
+    return sha256(repr(constants).encode()).hexdigest()[:12]
 
 
 LOADPART = LoadpartGrid()
@@ -164,4 +173,6 @@ QUICK_LOADPART = replace(
 )
 """Shows that everything works, not what comes of it."""
 
-QUICK_D3 = replace(D3, models=("torchvision:alexnet", "torchvision:resnet18"), networks=D3.networks[:2], repeat=1)
+QUICK_D3 = replace(
+    D3, models=("torchvision:alexnet", "torchvision:resnet18"), networks=D3.networks[:2], num_edges=2, repeat=1
+)

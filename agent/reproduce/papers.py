@@ -1,11 +1,13 @@
 """The two experiments: which cells there are, how their machines are emulated, how conditions change while they run."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
 from agent.reproduce.grids import (
     LAN_DELAY_S,
     MAX_LOAD_HZ,
+    PEER_DELAY_S,
     WAN_DELAY_S,
     D3Grid,
     Level,
@@ -144,7 +146,7 @@ class LoadpartPaper:
 
 @dataclass(frozen=True)
 class D3Paper:
-    """A device, an edge node and a cloud behind one of several backbones."""
+    """A device, some edge nodes in one place and a cloud behind one of several backbones."""
 
     grid: D3Grid
     name: str = "d3"
@@ -158,7 +160,12 @@ class D3Paper:
     @property
     def machines(self) -> dict[str, str]:
         """Preset of every node, by name."""
-        return {DEVICE_NODE: self.grid.device, EDGE: self.grid.edge, CLOUD: self.grid.cloud}
+        return {DEVICE_NODE: self.grid.device, **dict.fromkeys(self.edges, self.grid.edge), CLOUD: self.grid.cloud}
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """Names of the edge nodes, each of which may be a head."""
+        return tuple(f"edge{index}" for index in range(self.grid.num_edges))
 
     def cells(self) -> tuple[Cell, ...]:
         """Every cell."""
@@ -176,38 +183,40 @@ class D3Paper:
         return tuple(rule for rule in self.grid.rules if is_chain or not rule.startswith("neurosurgeon"))
 
     def start(self, model: str) -> Cluster:
-        """Start edge, cloud and their three links."""
+        """Start edge nodes, cloud and the links between all of them."""
         near = LinkEmulation(rate_bps=self.grid.device_edge_bps, delay_s=LAN_DELAY_S)
+        beside = LinkEmulation(rate_bps=self.grid.edge_edge_bps, delay_s=PEER_DELAY_S)
         far = LinkEmulation(delay_s=WAN_DELAY_S)
         links = (
-            LinkConfig(between=(DEVICE_NODE, EDGE), emulate=near),
-            LinkConfig(between=(EDGE, CLOUD), emulate=far),
+            *(LinkConfig(between=(DEVICE_NODE, edge), emulate=near) for edge in self.edges),
+            *(LinkConfig(between=pair, emulate=beside) for pair in itertools.combinations(self.edges, 2)),
+            *(LinkConfig(between=(edge, CLOUD), emulate=far) for edge in self.edges),
             LinkConfig(between=(DEVICE_NODE, CLOUD), emulate=far),
         )
         config = ModelConfig(spec=model, input_kind=KIND)
-        return Cluster(config, edges=(EDGE,), emulate=_emulate(self.machines), links=links)
+        return Cluster(config, edges=self.edges, emulate=_emulate(self.machines), links=links)
 
     def apply(self, cluster: Cluster, session: Session, cell: Cell) -> None:
         """Give the links to the cloud the rates of a backbone."""
         del session
         network = self._network(cell)
-        _shape(cluster, (EDGE, CLOUD), network.edge_cloud_bps, WAN_DELAY_S)
+        for edge in self.edges:
+            _shape(cluster, (edge, CLOUD), network.edge_cloud_bps, WAN_DELAY_S)
         _shape(cluster, (DEVICE_NODE, CLOUD), network.device_cloud_bps, WAN_DELAY_S)
 
     def sensors(self, session: Session) -> tuple[Plan, ...]:
-        """The input to the cloud, straight and through the edge node."""
+        """The input to the cloud, straight and through each edge node."""
         n, first = session.graph.num_layers, session.graph.entry(KIND)
-        direct = Plan.split(n, first, first, codec="raw")
-        return (direct, Plan.split(n, first, first, edge_nodes=(EDGE,), codec="raw"))
+        heads = ((), *((edge,) for edge in self.edges))
+        return tuple(Plan.split(n, first, first, edge_nodes=head, codec="raw") for head in heads)
 
     def expected(self, readings: Readings, cell: Cell) -> dict[str, tuple[float, float]]:
-        """The rates of the three links."""
+        """The rates of the device's links and the cloud's; those between edge nodes never change."""
         network = self._network(cell)
-        rates = {
-            (DEVICE_NODE, EDGE): self.grid.device_edge_bps,
-            (EDGE, CLOUD): network.edge_cloud_bps,
-            (DEVICE_NODE, CLOUD): network.device_cloud_bps,
-        }
+        rates = {(DEVICE_NODE, CLOUD): network.device_cloud_bps}
+        for edge in self.edges:
+            rates[DEVICE_NODE, edge] = self.grid.device_edge_bps
+            rates[edge, CLOUD] = network.edge_cloud_bps
         return {f"{a}>{b}": (readings.rate_bps(a, b), bps) for (a, b), bps in rates.items()}
 
     def request_s(self, cell: Cell) -> float:

@@ -61,8 +61,9 @@ def _header(paper: LoadpartPaper | D3Paper, results: Sequence[CellResult]) -> st
     )
     if isinstance(paper, D3Paper):
         lines.append(
-            "One edge node, so HPA alone and no tiles (VSM). Backbone bytes: the payload that enters or leaves the cloud, "
-            "worked out from each plan; no message headers."
+            f"`d3` is HPA with tiles (VSM) on up to {paper.grid.num_edges} edge nodes, `d3-hpa` HPA alone; edge nodes "
+            f"reach each other at {paper.grid.edge_edge_bps / 1e6:g} Mbps. Backbone bytes: the payload that enters or "
+            "leaves the cloud, worked out from each plan; no message headers."
         )
     return "\n\n".join(lines)
 
