@@ -79,7 +79,7 @@ class Plan:
         Raises:
             PlanError: when one is not a sequence of tiers, or of names.
         """
-        if type(self.tiers) is not tuple or not all(type(tier) is Tier for tier in self.tiers):
+        if type(self.tiers) is not tuple or not set(map(type, self.tiers)) <= {Tier}:
             object.__setattr__(self, "tiers", _as_tiers(self.tiers))
         if type(self.edge_nodes) is not tuple:
             if isinstance(self.edge_nodes, str) or not isinstance(self.edge_nodes, Sequence):

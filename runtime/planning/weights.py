@@ -107,6 +107,7 @@ class Workload:
     problem: PlanningProblem
     entry: int
     num_layers: int
+    active: IntArray  # (num_layers - entry,) the layers from the entry on
     producers: IntArray  # (V,) -1 for what is at hand on the device
     consumers: tuple[tuple[int, ...], ...]  # (V,) ascending, at least one each
     moves: FloatArray  # (3, V) plain bits, coded bits, bytes through the codec; 0 for the encoded input
@@ -143,6 +144,7 @@ class Workload:
             problem=problem,
             entry=entry,
             num_layers=problem.graph.num_layers,
+            active=np.arange(entry, problem.graph.num_layers),
             producers=np.array(producers, dtype=np.intp),
             consumers=tuple(consumers),
             moves=np.array(moves).T,
@@ -197,16 +199,21 @@ class Costs:
     hop_s: tuple[float, ...]  # (T - 1,) what crossing a hop costs beside: round trip, messages, uplink backlog
     queue_s: tuple[float, ...]  # (T,) queue delay where a tier runs any layer
 
-    def total_s(self, labels: Labels) -> float:
-        """Predict the latency of one assignment, shape (num_layers,); layers before the entry must be labelled 0."""
+    def total_s(self, labels: Labels, spans: tuple[Labels, Labels] | None = None) -> float:
+        """Predict the latency of one assignment.
+
+        Args:
+            labels: shape (num_layers,); 0 for layers before the entry.
+            spans: what `Workload.spans` makes of the labels, where that is known.
+        """
         active = labels[self.work.entry :]
-        total = float(self.layer_s[active, np.arange(self.work.entry, self.work.num_layers)].sum())
-        made, read = self.work.spans(labels)
+        total = float(self.layer_s[active, self.work.active].sum())
+        made, read = self.work.spans(labels) if spans is None else spans
         last = int(active.max())
         for hop in range(last):
-            total += float(self.up_s[hop][(made <= hop) & (read > hop)].sum()) + self.hop_s[hop]
-            total += float(self.result_s[hop][labels[self.work.output_producers] > hop].sum())
-        return total + math.fsum(self.queue_s[label] for label in set(active.tolist()))
+            total += float(self.up_s[hop] @ ((made <= hop) & (read > hop))) + self.hop_s[hop]
+            total += float(self.result_s[hop] @ (labels[self.work.output_producers] > hop))
+        return total + math.fsum(q for label, q in enumerate(self.queue_s) if q and (active == label).any())
 
     def uniform(self, label: int) -> Labels:
         """Label every layer alike, but for those that only the device may run."""
@@ -288,8 +295,12 @@ class Weigher:
         nodes = self.topology.nodes
         k = [1.0, *(readings.k(name) if has_load else 1.0 for name in nodes[1:])]
         factors = [factor if is_up(state, name) else math.inf for factor, name in zip(k, nodes, strict=True)]
+        layer_s: FloatArray
+        if math.inf not in factors:  # most often
+            layer_s = self._idle_s * np.array(factors)[:, None]
+            return layer_s
         with np.errstate(invalid="ignore"):  # 0 * inf on layers that take no time
-            layer_s: FloatArray = self._idle_s * np.array(factors)[:, None]
+            layer_s = self._idle_s * np.array(factors)[:, None]
         layer_s[np.isnan(layer_s)] = np.inf
         layer_s[:, : self.work.entry] = 0.0
         return layer_s

@@ -6,10 +6,11 @@ References:
 
 import heapq
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.planning.arrays import FloatArray
+from runtime.planning.arrays import FloatArray, IntArray
 from runtime.planning.estimators import Readings
 from runtime.planning.weights import Weigher, Workload
 from runtime.types import Plan, SystemState
@@ -20,6 +21,9 @@ _EFFORT = 4
 _FORBIDDEN_S = 1e4
 """What a layer counts on a tier where it may not run, in the look-ahead: far above any real layer, and small enough that
 sums stay exact to a nanosecond."""
+
+_TIERS = np.arange(3)[:, None]
+_HOPS = np.arange(2)[:, None]
 
 
 class LabelGraph:
@@ -49,11 +53,19 @@ class LabelGraph:
         self.depth = np.maximum(np.array(distance, dtype=np.intp) - 1, 0)  # graph layer of every layer, from 0
         self.num_depths = int(self.depth.max()) + 1
         self.width = np.bincount(self.depth[work.entry :], minlength=self.num_depths)
-        self._made_at = np.where(work.producers < 0, -1, self.depth[work.producers])
-        self._last_read_at = np.maximum.reduceat(self.depth[work.read_layers], work.read_offsets)
+        made_at = np.where(work.producers < 0, -1, self.depth[work.producers])
+        last_read_at = np.maximum.reduceat(self.depth[work.read_layers], work.read_offsets)
         pairs = sorted({(value, int(self.depth[j])) for value, readers in enumerate(self.readers) for j in readers})
         self._read_values = np.array([value for value, _ in pairs], dtype=np.intp)
-        self._read_depths = np.array([depth for _, depth in pairs], dtype=np.intp)
+        # Where the two hops' and the three tiers' sums lie when one call makes them all.
+        self._edges_at = _repeat(np.concatenate([made_at, last_read_at]) + 1, 2, self.num_depths + 1)
+        self._reads_at = _repeat(np.array([depth for _, depth in pairs], dtype=np.intp), 2, self.num_depths)
+        self._layers_at = _repeat(self.depth, 3, self.num_depths)
+        order = np.argsort(work.read_layers, kind="stable")  # pairs of a value and its reader, by reader
+        self.pair_layers, self.pair_values = work.read_layers[order], work.read_values[order]
+        self.pair_layers_at = _repeat(self.pair_layers, 2, n)
+        self.pair_values_at = _repeat(self.pair_values, 2, len(work.producers))
+        self.readers_in_order, self.pair_offsets = np.unique(self.pair_layers, return_index=True)
 
     def _find_siblings(self, j: int) -> list[int]:
         """SIS: layers whose inputs all are inputs of layer j."""
@@ -62,18 +74,38 @@ class LabelGraph:
         return sorted(other for other in near if own.issuperset(self.inputs[other]))
 
     def crossing_s(self, up_s: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Price every boundary between graph layers on one hop.
+        """Price every boundary between graph layers on both hops.
+
+        Args:
+            up_s: seconds of every value over each hop, shape (2, num_values).
 
         Returns:
             Seconds of all values that are live in front of each graph layer, and of those among them that it does not
-            read itself; each of shape (num_depths,).
+            read itself; each of shape (2, num_depths).
         """
         num = self.num_depths
-        begins = np.bincount(self._made_at + 1, up_s, minlength=num + 1)
-        ends = np.bincount(self._last_read_at + 1, up_s, minlength=num + 1)
-        live = np.cumsum(begins - ends)[:num]
-        read = np.bincount(self._read_depths, up_s[self._read_values], minlength=num)
-        return live, np.maximum(live - read, 0.0)
+        edges = np.concatenate([up_s, -up_s], axis=1).ravel()
+        steps = np.bincount(self._edges_at, edges, minlength=2 * (num + 1)).reshape(2, -1)
+        live: FloatArray = steps.cumsum(axis=1)[:, :num]
+        read = np.bincount(self._reads_at, up_s.take(self._read_values, axis=1).ravel(), minlength=2 * num)
+        return live, np.maximum(live - read.reshape(2, -1), 0.0)
+
+    def by_depth(self, seconds: FloatArray) -> FloatArray:
+        """Sum over the layers of each graph layer, shape (3, num_layers) to (3, num_depths)."""
+        sums = np.bincount(self._layers_at, seconds.ravel(), minlength=3 * self.num_depths)
+        by_depth: FloatArray = sums.astype(np.float64, copy=False)  # as it is already; the annotation says otherwise
+        return by_depth.reshape(3, -1)
+
+    def share(self, by_depth: FloatArray) -> FloatArray:
+        """Give every layer one part in the width of its graph layer, shape (any, num_depths) to (any, num_layers)."""
+        shares: FloatArray = (by_depth / self.width).take(self.depth, axis=1)
+        return shares
+
+
+def _repeat(places: IntArray, times: int, apart: int) -> IntArray:
+    """The same places in each of `times` rows that are `apart` long."""
+    repeated: IntArray = (places + apart * np.arange(times)[:, None]).ravel()
+    return repeated
 
 
 class Partition:
@@ -86,6 +118,8 @@ class Partition:
         self._weigher = weigher
         self._graph = graph
         self._tiers = np.array(self.topology.tiers)
+        self._own_of = np.searchsorted(self._tiers, np.arange(3)).astype(np.intp)
+        self._no_s = np.full((3, graph.work.num_layers), np.inf)
         self._labels = [0] * graph.work.num_layers
         self._take_labels()
 
@@ -93,49 +127,45 @@ class Partition:
         """Take in new costs; the labels stay."""
         work = self._graph.work
         costs = self._weigher.weigh(state, readings, has_queues=False)
-        layer_s = np.full((3, work.num_layers), np.inf)
+        layer_s = self._no_s.copy()
         layer_s[self._tiers] = costs.layer_s
         up_s = np.zeros((2, len(work.producers)))
-        hop_s = [0.0, 0.0]
+        hop_s = np.zeros((2, 1))
         for hop, far in enumerate(costs.tiers[1:]):  # straight to the cloud: all is paid on the first hop
             up_s[hop] = costs.up_s[hop]
             hop_s[hop] = costs.hop_s[hop]
             for producer, back_s in zip(work.output_producers, costs.result_s[hop], strict=True):
                 layer_s[far:, producer] += back_s
+        live, beside = self._graph.crossing_s(up_s)
+        ahead = self._look_ahead(layer_s, live + hop_s)
+        shares = self._graph.share(np.concatenate([ahead, beside + hop_s]))
         self._costs, self._layer_s, self._up_s = costs, layer_s, up_s
-        crossings = [self._graph.crossing_s(row) for row in up_s]
-        self._ahead_s = self._look_ahead([live + once for (live, _), once in zip(crossings, hop_s, strict=True)])
-        beside = [(beside + once) / self._graph.width for (_, beside), once in zip(crossings, hop_s, strict=True)]
-        self._beside_s = np.array(beside)[:, self._graph.depth]
+        self._whole_s, self._beside_s = layer_s + shares[:3], shares[3:]
 
-    def _look_ahead(self, crossing_s: list[FloatArray]) -> FloatArray:
-        """Least seconds from each layer's graph layer to the end, by tier, if graph layers stay together.
+    def _look_ahead(self, layer_s: FloatArray, crossing_s: FloatArray) -> FloatArray:
+        """Least seconds from behind each graph layer to the end, by tier, if graph layers stay together.
 
-        Tier by tier inwards: stay to the end, or up to the boundary where going over is cheapest. A layer's share is
-        one part in the width of its graph layer.
+        Tier by tier inwards: stay to the end, or up to the boundary where going over is cheapest.
 
         Args:
-            crossing_s: seconds of moving over each hop in front of each graph layer.
+            layer_s: seconds of every layer, shape (3, num_layers).
+            crossing_s: seconds of moving over each hop in front of each graph layer, shape (2, num_depths).
 
         Returns:
-            Seconds of shape (3, num_layers).
+            Seconds of shape (3, num_depths).
         """
-        depth, num_depths = self._graph.depth, self._graph.num_depths
-        finite_s = np.minimum(self._layer_s, _FORBIDDEN_S)  # sums of infinities cannot be subtracted
-        ahead = np.zeros((3, num_depths))
-        beyond = None
-        for tier in (2, 1, 0):
-            by_depth = np.bincount(depth, finite_s[tier], minlength=num_depths)
-            to_end = np.cumsum(by_depth[::-1])[::-1]  # seconds from each graph layer to the end on this tier
-            if beyond is None:
-                least = to_end
-            else:
-                switch = crossing_s[tier] + beyond - to_end  # in front of each graph layer, against staying
-                least = to_end + np.minimum(np.minimum.accumulate(switch[::-1])[::-1], 0.0)
-            ahead[tier, :-1] = least[1:]
-            beyond = least
-        shares: FloatArray = (ahead / self._graph.width)[:, depth]
-        return shares
+        finite_s = np.minimum(layer_s, _FORBIDDEN_S)  # sums of infinities cannot be subtracted
+        # From each graph layer to the end on one tier. Backwards, as all below: the end comes first.
+        to_end = self._graph.by_depth(finite_s)[:, ::-1].cumsum(axis=1)
+        crossing_s = crossing_s[:, ::-1]
+        ahead = np.zeros(to_end.shape)
+        least = to_end[2]
+        ahead[2, 1:] = least[:-1]
+        for tier in (1, 0):
+            switch = crossing_s[tier] + least - to_end[tier]  # in front of each graph layer, against staying
+            least = to_end[tier] + np.minimum(np.minimum.accumulate(switch), 0.0)
+            ahead[tier, 1:] = least[:-1]
+        return ahead[:, ::-1]
 
     def run(self) -> None:
         """HPA: label every layer, in the order of the longest distance from the input."""
@@ -147,18 +177,17 @@ class Partition:
             self._move_siblings(j)
         self.num_touched = n - entry
         self._take_labels()
-        self.predicted_s = self._costs.total_s(self._own)
+        self.predicted_s = self._costs.total_s(self._own, self._own_spans)
 
     def update(self) -> None:
         """Label again what the new costs make wrong, and what follows from it."""
         graph = self._graph
         self.num_touched = 0
+        has_moved = False
         queue = [graph.rank[j] for j in self._find_wrong()]
-        if not queue:
-            self.predicted_s = self._costs.total_s(self._own)
-            return
-        self._take_lists()
-        heapq.heapify(queue)
+        if queue:
+            self._take_lists()
+            heapq.heapify(queue)
         limit = _EFFORT * len(graph.order)
         while queue:
             rank = heapq.heappop(queue)
@@ -171,23 +200,26 @@ class Partition:
                 return
             best = self._best(j)
             if best != self._labels[j]:
+                has_moved = True
                 self._labels[j] = best
                 moved = [j, *self._move_siblings(j)]
                 for follower in (follower for i in moved for follower in graph.followers[i]):
                     heapq.heappush(queue, graph.rank[follower])
-        self._take_labels()
-        self.predicted_s = self._costs.total_s(self._own)
+        if has_moved:
+            self._take_labels()
+        self.predicted_s = self._costs.total_s(self._own, self._own_spans)
 
     def _take_lists(self) -> None:
-        """Copy what the walk reads layer by layer: lists are several times faster there than arrays."""
-        self._seconds: list[list[float]] = self._layer_s.tolist()
-        self._up: list[list[float]] = self._up_s.tolist()
-        self._ahead: list[list[float]] = self._ahead_s.tolist()
-        self._beside: list[list[float]] = self._beside_s.tolist()
+        """Give the walk rows of plain numbers: several times faster there than arrays, and views copy nothing."""
+        self._whole: list[Sequence[float]] = [row.data for row in self._whole_s]
+        self._up: list[Sequence[float]] = [row.data for row in self._up_s]
+        self._beside: list[Sequence[float]] = [row.data for row in self._beside_s]
 
     def _take_labels(self) -> None:
         self._array = np.array(self._labels, dtype=np.intp)
-        self._own = np.searchsorted(self._tiers, self._array).astype(np.intp)  # as the topology counts its tiers
+        self._made, read = self._graph.work.spans(self._array)
+        self._own = self._own_of[self._array]  # as the topology counts its tiers
+        self._own_spans = self._own_of[self._made], self._own_of[read]
         self._plan: Plan | None = None
 
     def _best(self, j: int) -> int:
@@ -206,13 +238,13 @@ class Partition:
                 to_edge_s += self._up[0][value]
             if there <= 1:
                 to_cloud_s += self._up[1][value]
-        seconds, ahead = self._seconds, self._ahead
-        best, least = low, seconds[low][j] + ahead[low][j] + (to_edge_s if low else 0.0)
+        whole = self._whole
+        best, least = low, whole[low][j] + (to_edge_s if low else 0.0)
         if low == 0:
-            edge = seconds[1][j] + to_edge_s + ahead[1][j]
+            edge = whole[1][j] + to_edge_s
             if edge < least:
                 best, least = 1, edge
-        return 2 if seconds[2][j] + to_edge_s + to_cloud_s + ahead[2][j] < least else best
+        return 2 if whole[2][j] + to_edge_s + to_cloud_s < least else best
 
     def _reach(self, value: int, j: int) -> int:
         """Last tier that a value has been brought to, layer j apart."""
@@ -228,7 +260,7 @@ class Partition:
         """SIS: layers that find their inputs on layer j's tier follow it there where they are faster."""
         labels, tier, moved = self._labels, self._labels[j], []
         for i in self._graph.siblings[j]:
-            if 0 <= labels[i] < tier and self._seconds[tier][i] < self._seconds[labels[i]][i]:
+            if 0 <= labels[i] < tier and self._layer_s[tier, i] < self._layer_s[labels[i], i]:
                 after = [labels[k] for k in self._graph.followers[i]]
                 if all(label < 0 or label >= tier for label in after):
                     labels[i] = tier
@@ -237,20 +269,23 @@ class Partition:
 
     def _find_wrong(self) -> list[int]:
         """Layers whose cheapest tier is another than their label: `_best` for all at once."""
-        work, labels = self._graph.work, self._array
-        layers, values, n = work.read_layers, work.read_values, work.num_layers
-        made, _ = work.spans(labels)
-        made_of = made[values]
-        low = np.zeros(n, dtype=np.intp)
-        np.maximum.at(low, layers, made_of)
-        seconds = self._layer_s + self._ahead_s
-        for hop in range(2):
-            is_beyond = labels[layers] > hop
-            others = np.bincount(values, is_beyond, minlength=len(made))[values] - is_beyond
-            pays = (made_of <= hop) & (others == 0)
-            moved_s = np.bincount(layers, self._up_s[hop][values] * pays, minlength=n)
-            seconds[hop + 1 :] += moved_s + self._beside_s[hop] * (low <= hop)
-        seconds[np.arange(3)[:, None] < low] = np.inf
+        graph, labels = self._graph, self._array
+        work, layers, values = graph.work, graph.pair_layers, graph.pair_values
+        made_of = self._made[values]
+        low = np.zeros(work.num_layers, dtype=np.intp)
+        low[graph.readers_in_order] = np.maximum.reduceat(made_of, graph.pair_offsets)
+        is_beyond = labels[layers] > _HOPS
+        readers_beyond = np.bincount(graph.pair_values_at, is_beyond.ravel(), minlength=2 * len(self._made)).reshape(
+            2, -1
+        )
+        is_alone = readers_beyond.take(values, axis=1) == is_beyond
+        pays = self._up_s.take(values, axis=1) * (is_alone & (made_of <= _HOPS))
+        moved_s = np.bincount(graph.pair_layers_at, pays.ravel(), minlength=2 * work.num_layers).reshape(2, -1)
+        to_edge_s, to_cloud_s = moved_s + self._beside_s * (low <= _HOPS)
+        seconds = self._whole_s.copy()
+        seconds[1:] += to_edge_s
+        seconds[2] += to_cloud_s
+        seconds[low > _TIERS] = np.inf
         wrong = seconds.argmin(axis=0) != labels
         wrong[: work.entry] = False
         found: list[int] = np.flatnonzero(wrong).tolist()
@@ -258,7 +293,7 @@ class Partition:
 
     def price(self, state: SystemState, readings: Readings) -> float:
         """Predict the seconds of the labels in another state."""
-        return self._weigher.weigh(state, readings, has_queues=False).total_s(self._own)
+        return self._weigher.weigh(state, readings, has_queues=False).total_s(self._own, self._own_spans)
 
     def make_plan(self) -> Plan:
         """Turn the labels into a plan, once."""
