@@ -21,6 +21,9 @@ from env.world import World
 from runtime.errors import ConfigError
 from runtime.planning.arrays import StateArrays
 from runtime.planning.candidates import NUM_CANDIDATES
+from runtime.planning.cost import predict_total
+from runtime.planning.estimators import tuned_arrays
+from runtime.planning.problem import check_plan
 from runtime.planning.rows import PlanCosts, compile_plan
 from runtime.types import DEVICE_NODE, Plan, Tier
 
@@ -71,7 +74,7 @@ class Twin:
         self._ended = np.zeros((2, num_lanes * num_requests), dtype=np.int64)
         self._sites: list[Site | None] = [None] * num_lanes
         self._segments: list[dict[tuple[int, tuple[int, ...]], int]] = [{} for _ in range(num_lanes)]
-        self._extra: list[int] = [0] * num_lanes
+        self._extra: list[dict[Plan, int]] = [{} for _ in range(num_lanes)]  # rows of other plans, the oldest first
 
     def load(self, lane: int, site: Site, world: World) -> None:
         """Put a site and an episode's world into a lane.
@@ -86,7 +89,7 @@ class Twin:
             )
         if self._sites[lane] is not site:
             self._load_site(lane, site)
-        self._extra[lane] = 0
+        self._extra[lane] = {}
         plans = self._plans[lane]
         plans.padding[NUM_CANDIDATES:] = 1
         self._load_world(lane, world)
@@ -143,22 +146,41 @@ class Twin:
         return [known.setdefault(key, min(len(known), 3 * ROWS - 1)) for key in keys]
 
     def add_plan(self, lane: int, plan: Plan) -> int:
-        """Give any legal plan a row, so that it can be chosen as the candidates are.
+        """Give any legal plan a row, so that it can be chosen as the candidates are; a lane that stands at a request.
 
         Returns:
             The row, good until `EXTRA_ROWS` other plans were added.
+
+        Raises:
+            PlanError: when the plan is not legal at the lane's site.
         """
-        site = self._sites[lane]
+        site, extra = self._sites[lane], self._extra[lane]
         assert site is not None  # load comes first
         row = site.candidates.index.get(plan)
+        if row is None:
+            row = extra.get(plan)
         if row is not None:
             return row
-        row = NUM_CANDIDATES + self._extra[lane] % EXTRA_ROWS
-        self._extra[lane] += 1
-        self._put_rows(lane, slice(row, row + 1), compile_plan(site.problem, plan))
+        costs = compile_plan(site.problem, check_plan(site.problem, plan))
+        row = NUM_CANDIDATES + len(extra)
+        if len(extra) == EXTRA_ROWS:
+            row = extra.pop(next(iter(extra)))
+        extra[plan] = row
+        self._put_rows(lane, slice(row, row + 1), costs)
         self._plans[lane].segment[row] = self._segments_of(lane, site, plan)
         self._plans[lane].padding[row] = 2
+        # The request at hand was weighed before there was this row.
+        state = self.state_arrays(site, np.array([lane]))
+        self._states[lane].total_s[row] = predict_total(costs, tuned_arrays(state), state)[0, 0]
         return row
+
+    def plan_of(self, lane: int, row: int) -> Plan:
+        """The plan that has a row."""
+        site = self._sites[lane]
+        assert site is not None  # load comes first
+        if row < NUM_CANDIDATES:
+            return site.candidates.plans[row]
+        return next(plan for plan, known in self._extra[lane].items() if known == row)
 
     def begin(self, lanes: IntArray) -> None:
         """Start lanes over: each stands at its first request."""

@@ -5,8 +5,9 @@ record.
 """
 
 import itertools
+import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TypeAlias, TypeVar
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.deployment import Deployment
-from runtime.types import DEVICE_NODE, LinkState, NodeState, SystemState
+from runtime.types import DEVICE_NODE, LinkSample, LinkState, NodeState, Plan, SystemState, Tier
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -119,6 +120,73 @@ def encode_states(layout: Layout, states: Sequence[SystemState]) -> StateArrays:
     # Packing by struct costs a third of what an array made from a list of numbers does.
     packed = b"".join(layout.pack.pack(*_numbers(layout, state)) for state in states)
     return _unpack(layout, np.frombuffer(packed).reshape(len(states), -1))
+
+
+def decode_state(
+    layout: Layout,
+    arrays: StateArrays,
+    row: int,
+    *,
+    tiers: Mapping[str, Tier],
+    plan_in_force: Plan | None,
+    input_kind: str,
+) -> SystemState:
+    """Convert one row of a batch to the record that `encode_states` would have made it of; bytes are rounded.
+
+    Of a transfer under way the arrays hold no more than the rate that it cannot exceed, so its bytes count as all that
+    is queued, over a time that gives this rate.
+
+    Args:
+        layout: of the arrays.
+        arrays: a batch.
+        row: which of its states.
+        tiers: tier of every node but the device, by name.
+        plan_in_force: of the last request that ended.
+        input_kind: of the request at hand.
+    """
+    nodes = tuple(
+        NodeState(
+            name=name,
+            tier=tiers[name],
+            is_up=bool(arrays.is_up[row, slot]),
+            load_factor=float(arrays.load_factor[row, slot]),
+            queue_delay_s=float(arrays.queue_delay_s[row, slot]),
+            queue_length=int(arrays.queue_length[row, slot]),
+            utilisation_frac=float(arrays.utilisation_frac[row, slot]),
+            age_s=_INF if arrays.node_age_s[row, slot] >= NEVER_S else float(arrays.node_age_s[row, slot]),
+        )
+        for name, slot in layout.node_slot.items()
+        if name != DEVICE_NODE
+    )
+    errors = arrays.recent_errors[row]
+    return SystemState(
+        nodes=nodes,
+        links=tuple(_link_state(link, arrays, row, slot) for slot, link in enumerate(layout.links)),
+        device_backlog_s=float(arrays.device_backlog_s[row]),
+        uplink_backlog_bytes=round(float(arrays.uplink_backlog_bytes[row])),
+        request_rate_hz=float(arrays.request_rate_hz[row]),
+        recent_errors=tuple(errors[~np.isnan(errors)].tolist()),
+        plan_in_force=plan_in_force,
+        input_kind=input_kind,
+        input_bytes=round(float(arrays.input_bytes[row])),
+        deadline_s=float(arrays.deadline_s[row]),
+    )
+
+
+def _link_state(link: Link, arrays: StateArrays, row: int, slot: int) -> LinkState:
+    ages_s, rates_bps = arrays.sample_age_s[row, slot].tolist(), arrays.bandwidth_bps[row, slot].tolist()
+    backlog_bytes, cap_bps = round(float(arrays.backlog_bytes[row, slot])), float(arrays.rate_cap_bps[row, slot])
+    in_flight_bytes = 0 if math.isinf(cap_bps) else max(backlog_bytes, 1)
+    return LinkState(
+        source=link[0],
+        target=link[1],
+        samples=tuple(LinkSample(a, b) for a, b in zip(ages_s, rates_bps, strict=True) if a < NEVER_S),
+        mean_bandwidth_bps=float(arrays.mean_bandwidth_bps[row, slot]),
+        rtt_s=float(arrays.rtt_s[row, slot]),
+        backlog_bytes=backlog_bytes,
+        in_flight_bytes=in_flight_bytes,
+        in_flight_s=in_flight_bytes * 8.0 / cap_bps,
+    )
 
 
 def _unpack(layout: Layout, packed: FloatArray) -> StateArrays:

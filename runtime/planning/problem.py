@@ -238,8 +238,6 @@ def _check_constraints(problem: PlanningProblem, plan: Plan, entry: int) -> None
             f"codec {plan.codec} loses precision and the constraints say lossless_only; "
             "use auto, raw or lossless, or set lossless_only = false"
         )
-    if plan.tiles and not limits.tiles:
-        raise PlanError("the plan cuts layers into tiles, which the constraints rule out; set tiles = true")
     for index in range(entry, len(plan.tiers)):
         tier = plan.tiers[index]
         if tier not in limits.allowed_tiers:
