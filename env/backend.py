@@ -272,6 +272,6 @@ def _sent_bytes(costs: PlanCosts, state: StateArrays) -> FloatArray:
     is_coded = full["saved_bytes"] * 8.0 / newest_bps > full["coding_s"]  # False where nothing is known
     if costs.full("is_relayed")[0]:
         is_coded[1::2] = is_coded[0::2]
-    sent: FloatArray = full["plain_bytes"] + costs.full("has_input")[0] * state.input_bytes[0]
-    sent = (sent - full["saved_bytes"] * is_coded) * full["has_hop"]
+    plain: FloatArray = full["plain_bytes"] + costs.full("has_input")[0] * state.input_bytes[0]
+    sent: FloatArray = (plain - full["saved_bytes"] * is_coded) * full["has_hop"]
     return sent
