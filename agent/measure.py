@@ -6,6 +6,7 @@ off goes on where it stopped, and a worker that starts on the same machine uses 
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from runtime.model.graph import LayerGraph, trace
 from runtime.model.inputs import admit
 from runtime.model.segment import SegmentCache
 from runtime.model.zoo import Model, load_model
+from runtime.planning.predictors import MIN_MODELS, KindError, leave_models_out, leave_one_out
+from runtime.profiles.cache import cache_folder, read_known
 from runtime.profiles.record import MeasuredModel, list_cuts
 from runtime.ratios import load_ratios
-from runtime.types import GraphSpec, Tier
+from runtime.types import DEVICE_NODE, GraphSpec, Tier
 from runtime.wire.codec import AutoCodec
 
 SLOWEST_KINDS = 2
@@ -62,6 +65,9 @@ def run_measure(config: MeasureConfig) -> None:
         console.print(make_model_table(models))
         for model in models:
             console.print(describe_ratios(model), markup=False)
+    errors = find_prediction_errors(models)
+    if errors is not None:
+        console.print(make_error_table(errors))
     if nodes:
         console.print(make_node_table(nodes))
     if config.json is not None:
@@ -205,6 +211,41 @@ def describe_ratios(model: MeasuredModel) -> str:
     source = f"{ratios.pictures} photographs" if ratios.pictures else "its example input"
     caution = "; trained weights may pack otherwise" if ratios.weights.startswith("seeded") else ""
     return f"{model.spec}: ratios on {source}, weights {ratios.weights}{caution}"
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionErrors:
+    """How well this machine's times of a model can be told from its other models, each left out in turn."""
+
+    models: tuple[float, ...]  # predicted / measured - 1 of whole models
+    kinds: tuple[KindError, ...]
+
+
+def find_prediction_errors(models: Sequence[MeasuredModel], *, folder: Path | None = None) -> PredictionErrors | None:
+    """Leave out one at a time of all models that this machine has measured; None where there are too few.
+
+    Args:
+        models: what was measured now; it says which machine this is.
+        folder: cache folder; None takes the user's.
+    """
+    if not models:
+        return None
+    known = read_known(cache_folder() if folder is None else folder, models[0].measurement.machine)
+    if len(known) <= MIN_MODELS:
+        return None
+    return PredictionErrors(leave_models_out(known, DEVICE_NODE), leave_one_out(known, DEVICE_NODE))
+
+
+def make_error_table(errors: PredictionErrors) -> Table:
+    """A row per layer kind, one for whole models."""
+    title = f"predicting a model from the {len(errors.models) - 1} others measured on this machine"
+    table = _make_table(title, "kind", "layers", "median error", "all seconds")
+    for kind in errors.kinds:
+        table.add_row(kind.kind, str(kind.num_layers), f"{kind.median_frac:.0%}", f"{kind.total_frac:+.0%}")
+    median = statistics.median(abs(error) for error in errors.models)
+    table.add_row("whole models", str(len(errors.models)), f"{median:.0%}", "")
+    table.caption = "each model left out in turn; a node serves with such times until it has measured a new model"
+    return table
 
 
 def make_node_table(nodes: Sequence[NodeTimes]) -> Table:

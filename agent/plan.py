@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.config import PlanConfig
-from agent.tables import latency_cells, loading, make_latency_table
+from agent.tables import PREDICTED, latency_cells, loading, make_latency_table
 from runtime.deployment import load_deployment
 from runtime.device.session import Session
 from runtime.errors import OffcutError
@@ -56,6 +56,9 @@ def run_plan(config: PlanConfig) -> None:
     if not found:
         raise OffcutError("every plan needs a node that is down; see `offcut status`")
     _print_readings(console, state)
+    for name, profile in session.problem(kind).profile.nodes.items():
+        if profile.is_predicted:
+            console.print(f"{name}: {PREDICTED}", markup=False)
     table = make_latency_table("predicted for a request now", "plan")
     for one in found:
         table.add_row(one.plan.describe(), *latency_cells(one.predicted, _cloud_name(state)))

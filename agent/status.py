@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agent.config import StatusConfig
+from agent.tables import PREDICTED
 from runtime.deployment import Deployment, load_deployment
 from runtime.device.ask import NodeAnswer, ask_nodes
 from runtime.device.telemetry import default_log_folder, read_status
@@ -70,6 +71,8 @@ def _print_session(console: Console, session: dict[str, Any]) -> None:
     console.print(f"requests: {outcomes}")
     for name, why in session.get("unusable", {}).items():
         console.print(f"  {name}: {why}" if name not in why else f"  {why}", markup=False, soft_wrap=True)
+    for name in session.get("predicted", ()):
+        console.print(f"  {name}: {PREDICTED}", markup=False)
     for reason, count in session.get("guard_reasons", {}).items():
         console.print(f"  guard: the fallback rule decided, {count}x: {reason}", markup=False)
     for reason, count in session["fallback_reasons"].items():

@@ -13,6 +13,8 @@ LATENCY_COLUMNS = ("total", "device", "edge", "cloud", "up", "down", "codec", "r
 
 CELL_CHARACTERS = 6
 
+PREDICTED = "its layer times are predicted from other models on its machine; it is measuring this one now"
+
 
 def make_latency_table(title: str, *columns: str) -> Table:
     """Make a table with columns of its own before those that `latency_cells` fills; fits 80 characters."""

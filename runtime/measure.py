@@ -23,10 +23,18 @@ import torch
 from runtime.model.graph import LayerGraph
 from runtime.model.inputs import sample_inputs
 from runtime.model.segment import Segment, SegmentCache
+from runtime.planning.predictors import fit_machine, is_within_reach
 from runtime.planning.problem import make_stage
-from runtime.profiles.cache import cache_folder, measuring_alone, read_measurement, write_atomically
+from runtime.profiles.cache import (
+    cache_folder,
+    measuring_alone,
+    read_known,
+    read_measurement,
+    write_atomically,
+    write_graph,
+)
 from runtime.profiles.record import FASTER_FRAC, Machine, Measurement, SegmentTime, calibrate, merge, pick_segments
-from runtime.types import NodeProfile, Tier
+from runtime.types import DEVICE_NODE, NodeProfile, Tier
 from runtime.wire.codec import AutoCodec
 
 FORMAT = 2
@@ -144,6 +152,7 @@ def load_measurement(
 
     found = find()
     if found is not None:
+        write_graph(path, graph.spec)
         return found
     with measuring_alone(folder):
         found = find()
@@ -153,7 +162,33 @@ def load_measurement(
         known = None if is_anew else read_measurement(path, graph.num_layers)
         measured = measured if known is None else merge(known, measured)
         write_atomically(path, msgspec.json.encode(measured))
+        write_graph(path, graph.spec)
     return measured
+
+
+def predict_profile(graph: LayerGraph, auto: AutoCodec, *, folder: Path | None = None) -> NodeProfile | None:
+    """Predict this machine's profile of a graph that it has not measured from those that it has.
+
+    None where it has measured this one, or too little to predict from.
+
+    Args:
+        graph: what to predict.
+        auto: gives this machine's coding speed.
+        folder: cache folder; None takes the user's.
+    """
+    folder = cache_folder() if folder is None else folder
+    if read_measurement(folder / f"{machine_key(graph)}.json", graph.num_layers) is not None:
+        return None
+    known = read_known(folder, describe_machine(graph))
+    if not is_within_reach(graph.spec, [profile.graph for profile in known]):
+        return None
+    return NodeProfile(
+        layer_s=fit_machine(known, DEVICE_NODE).layer_s(graph.spec),
+        encode_bytes_per_s=auto.rates.encode_bytes_per_s,
+        decode_bytes_per_s=auto.rates.decode_bytes_per_s,
+        fixed_s=FIXED_S,
+        is_predicted=True,
+    )
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -278,6 +278,8 @@ class NodeProfile:
     decode_bytes_per_s: float
     fixed_s: float = 0.0
     """Fixed seconds per message."""
+    is_predicted: bool = False
+    """Whether the layer times are predicted from other models on the machine, because this one was not measured yet."""
 
 
 @dataclass(frozen=True, slots=True)

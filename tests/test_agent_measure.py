@@ -1,4 +1,5 @@
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,15 @@ from rich.console import Console
 
 from agent.cli import parse
 from agent.config import MeasureConfig
-from agent.measure import list_models, make_model_table, make_node_table, measure_model, run_measure
+from agent.measure import (
+    find_prediction_errors,
+    list_models,
+    make_error_table,
+    make_model_table,
+    make_node_table,
+    measure_model,
+    run_measure,
+)
 from agent.node_times import NodeTimes, measure_nodes
 from agent.photos import sample_photo, sample_photos
 from agent.ship import ShipConfig, merge_models, round_model, run_ship
@@ -17,7 +26,7 @@ from runtime.deployment import ModelConfig
 from runtime.device.session import Session
 from runtime.errors import ConfigError
 from runtime.planning.policies.registry import load_policy
-from runtime.profiles.cache import cache_folder
+from runtime.profiles.cache import cache_folder, write_graph
 from runtime.profiles.record import MeasuredModel, Measurement
 from runtime.profiles.shipped import decode_profile, load_shipped_profile
 from runtime.testbed.cluster import Cluster
@@ -46,6 +55,24 @@ def test_one_of_a_deployment_and_models_must_be_named(capsys: pytest.CaptureFixt
         assert "expected a deployment.toml" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--batch-size"):
         MeasureConfig(model=("a:b",), batch_size=0)
+
+
+def test_the_error_of_predicting_a_model_from_the_others_is_told_by_kind(tmp_path: Path) -> None:
+    specs = ("alexnet", "squeezenet1_1", "resnet18", "googlenet", "mobilenet_v3_large")
+    models = [load_shipped_profile(f"torchvision:{name}") for name in specs]
+    for model in models:  # as if this machine had measured them
+        assert find_prediction_errors(models, folder=tmp_path) is None  # from too few
+        path = tmp_path / f"{model.graph.graph_id}.json"
+        path.write_bytes(msgspec.json.encode(model.measurement))
+        write_graph(path, model.graph)
+    errors = find_prediction_errors(models, folder=tmp_path)
+    assert errors is not None
+    assert {kind.kind for kind in errors.kinds} == {layer.kind for model in models for layer in model.graph.layers}
+    assert 0 < statistics.median(map(abs, errors.models)) < 0.5
+    text = shown(make_error_table(errors))
+    assert "from the 4 others" in text
+    assert "depthwise_conv" in text
+    assert "whole models" in text
 
 
 def test_a_device_without_the_model_measures_none() -> None:

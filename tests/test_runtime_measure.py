@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from runtime.measure import (
+    FIXED_S,
     QUICK,
     THOROUGH,
     Effort,
     load_measurement,
     load_profile,
     machine_key,
+    predict_profile,
     repeat_until_settled,
     run_all_values,
 )
@@ -140,6 +142,35 @@ def test_a_cache_that_cannot_be_written_is_no_error(model: Model, graph: LayerGr
     folder = tmp_path / "file" / "below"
     profile = load_profile(graph, SegmentCache(graph), model.example, AutoCodec(RATES), folder=folder)
     assert len(profile.layer_s) == graph.num_layers
+
+
+OTHERS = ("residual", "branching", "gated", "attention")
+
+
+def test_a_model_that_was_never_measured_here_is_predicted_from_others_that_were(
+    load, graph: LayerGraph, tmp_path: Path
+) -> None:
+    auto = AutoCodec(RATES)
+    assert predict_profile(graph, auto, folder=tmp_path) is None  # from nothing
+    for name in OTHERS:
+        other = load_model(f"tests.models:{name}")
+        other_graph = trace(other)
+        load_profile(other_graph, SegmentCache(other_graph), other.example, auto, folder=tmp_path)
+    predicted = predict_profile(graph, auto, folder=tmp_path)
+    assert predicted is not None
+    assert predicted.is_predicted
+    assert len(predicted.layer_s) == graph.num_layers
+    assert min(predicted.layer_s) > 0
+    assert (predicted.encode_bytes_per_s, predicted.fixed_s) == (RATES.encode_bytes_per_s, FIXED_S)
+    known = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    for path, data in known.items():  # as another machine would have measured them
+        found = msgspec.json.decode(data, type=Measurement)
+        path.write_bytes(msgspec.json.encode(replace(found, machine=replace(found.machine, processor="another"))))
+    assert predict_profile(graph, auto, folder=tmp_path) is None
+    for path, data in known.items():
+        path.write_bytes(data)
+    assert not load().profile.is_predicted
+    assert predict_profile(graph, auto, folder=tmp_path) is None  # measured by now
 
 
 MEASURE_ON_A_WORD = """

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from runtime.errors import ConfigError
-from runtime.planning.predictors import complete_profile, fit_machine, layer_features, leave_one_out
+from runtime.planning.predictors import (
+    MIN_MODELS,
+    REACH,
+    fit_machine,
+    is_within_reach,
+    layer_features,
+    leave_models_out,
+    leave_one_out,
+)
 from runtime.types import ModelProfile, NodeProfile, TensorSpec
 from tests.graphs import chain
 
@@ -64,13 +72,20 @@ def test_a_kind_that_was_hardly_seen_takes_the_general_regression() -> None:
     assert predictor.layer_s(odd) == pytest.approx(expected)
 
 
-def test_what_was_measured_stays_and_what_is_missing_is_predicted() -> None:
-    measured = profile_of(7)
-    fit = fit_machine([profile_of(seed, node="edge0") for seed in range(3)], "edge0")
-    completed = complete_profile(measured, {"device": fit, "edge0": fit})
-    assert completed.nodes["device"] is measured.nodes["device"]
-    assert completed.nodes["edge0"].layer_s == pytest.approx(measured.nodes["device"].layer_s, rel=1e-5)
-    assert (completed.nodes["edge0"].encode_bytes_per_s, completed.nodes["edge0"].fixed_s) == (1e9, 0.001)
+def test_whole_models_that_are_left_out_are_predicted_nearly_right() -> None:
+    errors = leave_models_out([profile_of(seed, noise=0.1) for seed in range(6)], "device")
+    assert len(errors) == 6
+    assert 0.0 < max(map(abs, errors)) < 0.1
+
+
+def test_a_model_far_beyond_the_others_or_too_few_others_are_out_of_reach() -> None:
+    known = [profile_of(seed).graph for seed in range(MIN_MODELS)]
+    assert is_within_reach(known[0], known)
+    assert not is_within_reach(known[0], known[1:])
+    large = dataclasses.replace(
+        known[0], layers=tuple(dataclasses.replace(x, flops=1.01 * REACH * 10**9) for x in known[0].layers)
+    )
+    assert not is_within_reach(large, known)
 
 
 def test_too_few_profiles_are_refused() -> None:

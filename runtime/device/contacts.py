@@ -130,7 +130,7 @@ class Contacts:
             self.changed.notify_all()
 
     def described(self, name: str, described: Described) -> None:
-        """A node has said what it runs and how fast: it can be used from now on."""
+        """A node has said what it runs and how fast: it can be used from now on. It says so again when it knows better."""
         contact = self._by_name[name]
         with self.changed:
             contact.graph, contact.profile, contact.refused = described.graph, described.profile, None

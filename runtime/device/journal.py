@@ -124,6 +124,7 @@ class Journal:
             "nodes": state.nodes,
             "breakers": {c.name: c.breaker.state.value for c in contacts},
             "unusable": contacts.unusable(now_s),
+            "predicted": [c.name for c in contacts if c.profile is not None and c.profile.is_predicted],
             "threads": {c.name: c.threads for c in contacts if c.is_described},
             "links": state.links,
         }

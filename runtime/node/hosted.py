@@ -1,11 +1,11 @@
 """A model as a process hosts it: what it can run of it, and how long that takes there."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from runtime.measure import load_profile
+from runtime.measure import load_profile, predict_profile
 from runtime.model.graph import LayerGraph, trace
 from runtime.model.inputs import sample_inputs
 from runtime.model.segment import Segment, SegmentCache
@@ -31,6 +31,7 @@ class HostedModel:
 
     spec: str
     graph: LayerGraph
+    example: torch.Tensor
     segments: SegmentCache
     tiles: TileCache
     profile: NodeProfile
@@ -50,8 +51,19 @@ class HostedModel:
         device: str,
         auto: AutoCodec,
         emulator: Emulator | None = None,
+        may_predict: bool = False,
     ) -> "HostedModel":
         """Load, trace and profile a model.
+
+        Args:
+            spec: as `load_model` takes it.
+            weights: likewise.
+            seed: likewise.
+            batch_size: likewise.
+            device: likewise.
+            auto: gives this machine's coding speed.
+            emulator: what the machine pretends to be; its times follow from measured ones.
+            may_predict: take predicted times where the model was never measured here and others were; see `measured`.
 
         Raises:
             ModelError: when it cannot be found, built or traced.
@@ -59,11 +71,21 @@ class HostedModel:
         model = load_model(spec, weights=weights, seed=seed, batch_size=batch_size, device=device)
         graph = trace(model)
         segments, tiles = SegmentCache(graph), TileCache(graph)
-        profile = load_profile(graph, segments, model.example, auto)
+        profile = predict_profile(graph, auto) if may_predict else None
+        if profile is None:
+            profile = load_profile(graph, segments, model.example, auto)
         if emulator is None:
-            return cls(spec, graph, segments, tiles, profile)
+            return cls(spec, graph, model.example, segments, tiles, profile)
         activations = sample_activations(graph, model.example) if emulator.emulation.is_replay else {}
-        return cls(spec, graph, segments, tiles, emulator.pretend(profile), emulator, activations)
+        return cls(spec, graph, model.example, segments, tiles, emulator.pretend(profile), emulator, activations)
+
+    def measured(self, auto: AutoCodec) -> "HostedModel":
+        """Measure the model, and return it with measured times instead of predicted ones.
+
+        It may go on serving meanwhile, in another thread.
+        """
+        profile = load_profile(self.graph, SegmentCache(self.graph), self.example, auto)
+        return replace(self, profile=profile, _tile_s={})
 
     def run(
         self, stage: Stage, values: Mapping[str, torch.Tensor], *, should_stop: Callable[[], bool] | None = None

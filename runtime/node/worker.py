@@ -8,9 +8,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import msgspec
+import torch
 
 from runtime.errors import ConfigError, OffcutError, PlanError
 from runtime.node.config import NextNode, WorkerConfig, parse_nodes
@@ -87,7 +88,7 @@ class Worker:
         self._jobs: dict[Key, Job] = {}
         self._upstream: dict[int, Key] = {}  # our request number at the next node -> whose request it is
         self._next_number = 0
-        self._clients: dict[Peer, None] = {}
+        self._clients: dict[Peer, set[str]] = {}  # and the models that each has asked about
         self._heard: dict[str, tuple[float, Status]] = {}  # next node -> when, what
         self._stop = threading.Event()
         self._next_status_at_s = 0.0
@@ -97,6 +98,7 @@ class Worker:
         self._next: dict[str, Peer] = {}  # nodes that we connect to: of the next tier, and other edge nodes
         self._next_tiers: dict[str, Tier] = {}  # as far as they have said so
         self._introduced: deque[tuple[str, NextNode]] = deque()  # to connect to; from any thread
+        self._measured: deque[HostedModel] = deque()  # from the thread that measures
         self._scatter = Scatter(self._hub, self._jobs, self._take_number)
         self._refusals: dict[str, str] = {}  # next node -> why it does not want us
 
@@ -127,8 +129,16 @@ class Worker:
                 device=self.config.torch_device(),
                 auto=self._auto,
                 emulator=self._emulator,
+                may_predict=self._emulator is None,
             )
             self._models[model.graph.model_id] = model
+
+    def _measure(self, models: Sequence[HostedModel]) -> None:
+        """Measure what was predicted, beside the requests; they are told apart by the time of this thread alone."""
+        torch.set_num_threads(self.config.threads)
+        for model in models:
+            self._measured.append(model.measured(self._auto))
+            self._hub.wake()
 
     def _connect(self, name: str, node: NextNode) -> None:
         hello = Hello(PROTOCOL_VERSION, self.config.name, "", CAPABILITIES)
@@ -155,6 +165,10 @@ class Worker:
     def serve(self) -> None:
         """Run until `stop`, then finish what is here, say goodbye and close everything."""
         drain_until_s: float | None = None
+        predicted = [model for model in self._models.values() if model.profile.is_predicted]
+        if predicted:
+            name = f"offcut-measure-{self.config.name}"
+            threading.Thread(target=self._measure, args=(predicted,), name=name, daemon=True).start()
         try:
             while True:
                 self._step()
@@ -181,6 +195,8 @@ class Worker:
             self._handle(event)
         while self._introduced:
             self._connect(*self._introduced.popleft())
+        while self._measured:
+            self._replace(self._measured.popleft())
         finished = self._executor.finished()  # what they have posted is sent first
         self._gathered(self._scatter.send_posted(self._next, time.perf_counter()))
         for done in finished:
@@ -191,6 +207,17 @@ class Worker:
         if now_s >= self._next_status_at_s:
             self._next_status_at_s = now_s + STATUS_PERIOD_S
             self._send_status(now_s)
+
+    def _replace(self, model: HostedModel) -> None:
+        """Take a model's measured times from now on, and tell those who have asked for the predicted ones."""
+        self._models[model.graph.model_id] = model
+        for client, asked in self._clients.items():
+            if model.graph.model_id in asked:
+                self._describe(client, model)
+
+    def _describe(self, client: Peer, model: HostedModel) -> None:
+        told = Described(model.graph.model_id, model.graph.spec, model.profile, self.config.emulation())
+        self._hub.send(client, told)
 
     def _wait_s(self) -> float:
         until_s = min(self._next_status_at_s, self._scatter.next_due_s) - time.perf_counter()
@@ -212,7 +239,7 @@ class Worker:
     def _handle(self, event: Event) -> None:
         match event:
             case Joined(peer=peer):
-                self._clients[peer] = None
+                self._clients[peer] = set()
                 self._next_status_at_s = 0.0  # the newcomer hears our load at once
             case Left(peer=peer):
                 self._clients.pop(peer, None)
@@ -244,8 +271,9 @@ class Worker:
     def _hear(self, peer: Peer, message: object) -> None:
         match message:
             case Describe(model_id=model_id) if model_id in self._models:
-                model = self._models[model_id]
-                self._hub.send(peer, Described(model_id, model.graph.spec, model.profile, self.config.emulation()))
+                if peer in self._clients:
+                    self._clients[peer].add(model_id)
+                self._describe(peer, self._models[model_id])
             case Cancel(request=request):
                 self._execute(self._machine.cancel((peer, request)))
             case Failure(request=number, kind=kind, text=text) as failure if number in self._upstream:

@@ -6,20 +6,27 @@ References:
     relative errors count; the paper's feature lists are not known to us.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import nnls
 
 from runtime.errors import ConfigError
 from runtime.planning.arrays import FloatArray
-from runtime.types import GraphSpec, ModelProfile, NodeProfile
+from runtime.types import GraphSpec, ModelProfile
 
 FEATURE_NAMES = ("flops", "input_bytes", "output_bytes", "constant")
 
 MIN_LAYERS = 8
 """A kind seen in fewer layers is predicted by the regression over all kinds. Guess: twice the number of features."""
+
+MIN_MODELS = 4
+"""A model is predicted from so many others at least. Guess: with fewer one odd model sets all."""
+
+REACH = 4.0
+"""A model is predicted from others only if it has at most so many times the FLOPs of the largest of them. Guess: a
+regression over small models knows the cost of a call, and little of the cost of a FLOP."""
 
 _MIN_LAYER_S = 1e-7
 """Layers faster than this weigh as much as one that takes this long: below it a timer reads noise."""
@@ -42,20 +49,13 @@ class MachinePredictor:
     """Over all layers, for kinds that were hardly seen."""
     segment_scale: float
     """Measured seconds of whole models over the sum of their predicted layers: frameworks fuse and overlap."""
-    encode_bytes_per_s: float
-    decode_bytes_per_s: float
-    fixed_s: float
 
     def layer_s(self, graph: GraphSpec) -> tuple[float, ...]:
         """Predict idle seconds of every layer, calibrated so that their sum is the whole model's time."""
         features = layer_features(graph)
         rows = [self.kinds.get(layer.kind, self.general).coefficients for layer in graph.layers]
         seconds = (features * np.array(rows)).sum(axis=1) * self.segment_scale
-        return tuple(seconds.tolist())
-
-    def profile(self, graph: GraphSpec) -> NodeProfile:
-        """Make the profile of a model that was never measured on this machine."""
-        return NodeProfile(self.layer_s(graph), self.encode_bytes_per_s, self.decode_bytes_per_s, self.fixed_s)
+        return tuple(np.maximum(seconds, _MIN_LAYER_S).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +104,20 @@ def fit_machine(profiles: Sequence[ModelProfile], node: str) -> MachinePredictor
         kinds={kind: fit for kind, fit in fits.items() if fit.num_layers >= MIN_LAYERS},
         general=_fit(features, seconds),
         segment_scale=1.0,
-        encode_bytes_per_s=_median(profile.nodes[node].encode_bytes_per_s for profile in known),
-        decode_bytes_per_s=_median(profile.nodes[node].decode_bytes_per_s for profile in known),
-        fixed_s=_median(profile.nodes[node].fixed_s for profile in known),
     )
     ratios = [sum(profile.nodes[node].layer_s) / max(sum(plain.layer_s(profile.graph)), 1e-12) for profile in known]
     scale = float(np.exp(np.mean(np.log(np.maximum(ratios, 1e-6)))))
-    return MachinePredictor(
-        plain.kinds, plain.general, scale, plain.encode_bytes_per_s, plain.decode_bytes_per_s, plain.fixed_s
-    )
+    return replace(plain, segment_scale=scale)
 
 
-def _median(values: Iterable[float]) -> float:
-    return float(np.median(list(values)))
+def is_within_reach(graph: GraphSpec, known: Sequence[GraphSpec]) -> bool:
+    """Whether enough models are known to predict this one, and large enough ones."""
+    most_flops = max((_flops(other) for other in known), default=0.0)
+    return len(known) >= MIN_MODELS and _flops(graph) <= REACH * most_flops
+
+
+def _flops(graph: GraphSpec) -> float:
+    return sum(layer.flops for layer in graph.layers)
 
 
 def _fit(features: FloatArray, seconds: FloatArray) -> LayerRegression:
@@ -139,16 +140,37 @@ def leave_one_out(profiles: Sequence[ModelProfile], node: str) -> tuple[KindErro
     Raises:
         ConfigError: when fewer than two profiles hold the node.
     """
-    known = [profile for profile in profiles if node in profile.nodes]
-    if len(known) < 2:
-        raise ConfigError(f"expected two profiles of node {node!r} to leave one out, got {len(known)}")
     pairs: dict[str, list[tuple[float, float]]] = {}
-    for left_out in known:
-        predictor = fit_machine([profile for profile in known if profile is not left_out], node)
-        predicted = predictor.layer_s(left_out.graph)
+    for left_out, predicted in _predict_each(profiles, node):
         for layer, guess, truth in zip(left_out.graph.layers, predicted, left_out.nodes[node].layer_s, strict=True):
             pairs.setdefault(layer.kind, []).append((guess, truth))
     return tuple(_kind_error(kind, np.array(rows)) for kind, rows in sorted(pairs.items()))
+
+
+def leave_models_out(profiles: Sequence[ModelProfile], node: str) -> tuple[float, ...]:
+    """Predict every model from all others: predicted / measured - 1 of the whole model.
+
+    Args:
+        profiles: as of `leave_one_out`.
+        node: likewise.
+
+    Raises:
+        ConfigError: when fewer than two profiles hold the node.
+    """
+    return tuple(
+        sum(predicted) / sum(left_out.nodes[node].layer_s) - 1.0
+        for left_out, predicted in _predict_each(profiles, node)
+    )
+
+
+def _predict_each(profiles: Sequence[ModelProfile], node: str) -> Iterator[tuple[ModelProfile, tuple[float, ...]]]:
+    """Every profile, and its layer times as the others tell them."""
+    known = [profile for profile in profiles if node in profile.nodes]
+    if len(known) < 2:
+        raise ConfigError(f"expected two profiles of node {node!r} to leave one out, got {len(known)}")
+    for left_out in known:
+        others = [profile for profile in known if profile is not left_out]
+        yield left_out, fit_machine(others, node).layer_s(left_out.graph)
 
 
 def _kind_error(kind: str, rows: FloatArray) -> KindError:
@@ -159,14 +181,3 @@ def _kind_error(kind: str, rows: FloatArray) -> KindError:
         median_frac=float(np.median(np.abs(guess / truth - 1.0))),
         total_frac=float(guess.sum() / truth.sum() - 1.0),
     )
-
-
-def complete_profile(profile: ModelProfile, predictors: Mapping[str, MachinePredictor]) -> ModelProfile:
-    """Add a predicted profile for every machine that has a predictor and was never measured with this model.
-
-    Args:
-        profile: what was measured; it stays as it is.
-        predictors: by node name.
-    """
-    missing = {name: fit.profile(profile.graph) for name, fit in predictors.items() if name not in profile.nodes}
-    return ModelProfile(profile.graph, {**profile.nodes, **missing}, profile.lossless_ratio)

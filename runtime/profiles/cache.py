@@ -10,9 +10,12 @@ from pathlib import Path
 import filelock
 import msgspec
 
-from runtime.profiles.record import Measurement
+from runtime.profiles.record import Machine, Measurement
+from runtime.types import DEVICE_NODE, GraphSpec, ModelProfile
 
 logger = logging.getLogger(__name__)
+
+_GRAPH_SUFFIX = ".graph"
 
 LOCK_TIMEOUT_S = 120.0
 """How long a process waits for others that measure; then it goes on beside them."""
@@ -33,6 +36,28 @@ def read_measurement(path: Path, num_layers: int) -> Measurement | None:
     times = (measurement.whole_s, *measurement.raw_layer_s, *measurement.profile.layer_s)
     is_fit = len(measurement.raw_layer_s) == len(measurement.profile.layer_s) == num_layers
     return measurement if is_fit and all(0 < s < math.inf for s in times) else None
+
+
+def write_graph(path: Path, graph: GraphSpec) -> None:
+    """Keep the graph beside a measurement of it, so that other models can be predicted from it."""
+    beside = path.with_suffix(_GRAPH_SUFFIX)
+    if not beside.exists():
+        write_atomically(beside, msgspec.json.encode(graph))
+
+
+def read_known(folder: Path, machine: Machine) -> list[ModelProfile]:
+    """Read every model that this very kind of machine has measured; the machine is called `device` in them."""
+    known = []
+    for path in sorted(folder.glob(f"*{_GRAPH_SUFFIX}")):
+        try:
+            graph = msgspec.json.decode(path.read_bytes(), type=GraphSpec)
+        except (OSError, msgspec.MsgspecError) as error:
+            logger.debug("no graph at %s: %s", path, error)
+            continue
+        measurement = read_measurement(path.with_suffix(".json"), graph.num_layers)
+        if measurement is not None and measurement.machine == machine:
+            known.append(ModelProfile(graph, {DEVICE_NODE: measurement.profile}))
+    return known
 
 
 def write_atomically(path: Path, data: bytes) -> None:
