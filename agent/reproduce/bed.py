@@ -128,7 +128,7 @@ class Bed:
         self._shelf.reset()
         runs: list[Run] = []
         num_warm_ups = num_late = 0
-        for _ in range(self._paper.repeat):
+        for _ in range(self._paper.grid.repeat):
             for rule in self._paper.rules(cell.model):
                 run, cold, late = self._ask(rule, cell.kind)
                 runs.append(run)

@@ -10,6 +10,7 @@ from agent.reproduce.grids import (
     PEER_DELAY_S,
     WAN_DELAY_S,
     D3Grid,
+    Grid,
     Level,
     LoadpartGrid,
     Network,
@@ -40,8 +41,8 @@ class Paper(Protocol):
         """As the command line names it."""
 
     @property
-    def repeat(self) -> int:
-        """Requests that count, per rule and cell."""
+    def grid(self) -> Grid:
+        """The pinned constants."""
 
     @property
     def axis(self) -> str:
@@ -80,11 +81,6 @@ class LoadpartPaper:
     grid: LoadpartGrid
     name: str = "loadpart"
     axis: str = "level"
-
-    @property
-    def repeat(self) -> int:
-        """Requests that count, per rule and cell."""
-        return self.grid.repeat
 
     @property
     def machines(self) -> dict[str, str]:
@@ -151,11 +147,6 @@ class D3Paper:
     grid: D3Grid
     name: str = "d3"
     axis: str = "network"
-
-    @property
-    def repeat(self) -> int:
-        """Requests that count, per rule and cell."""
-        return self.grid.repeat
 
     @property
     def machines(self) -> dict[str, str]:

@@ -43,7 +43,7 @@ def _header(paper: LoadpartPaper | D3Paper, results: Sequence[CellResult]) -> st
     machine = ", ".join(f"{name} {value}" for name, value in describe_machine().items())
     lines = [
         f"# {paper.name}: on the live runtime, machines and links emulated",
-        f"{done} of {of} cells, {paper.repeat} requests per rule and cell. Constants {fingerprint(paper.grid)}, "
+        f"{done} of {of} cells, {paper.grid.repeat} requests per rule and cell. Constants {fingerprint(paper.grid)}, "
         f"pinned in `agent/reproduce/grids.py` before the first run. Measured on: {machine}.",
         "Real: processes, sockets, queues, decisions, readings. Emulated: the links' rates and delays, and the time that "
         "layers take. A node that is *replayed* is faster than this machine: it answers with the activations of a "

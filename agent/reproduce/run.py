@@ -57,7 +57,7 @@ def _progress(console: Console) -> Progress:
 def _run_cells(paper: LoadpartPaper | D3Paper, missing: list[Cell], store: Store, progress: Progress) -> None:
     """Run cells, the nodes of each network started once."""
     photo = sample_photo()
-    weights = {cell: paper.request_s(cell) * paper.repeat * len(paper.rules(cell.model)) for cell in missing}
+    weights = {cell: paper.request_s(cell) * paper.grid.repeat * len(paper.rules(cell.model)) for cell in missing}
     task = progress.add_task("nothing is missing", total=sum(weights.values()) or 1.0)
     for model in dict.fromkeys(cell.model for cell in missing):
         progress.update(task, description=f"starting {model}")

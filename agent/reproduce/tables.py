@@ -17,6 +17,7 @@ class CellMean:
     rule: str
     count: int
     latency_s: float
+    predicted_s: float
     backbone_bytes: float
     uplink_bytes: float
     plans: tuple[str, ...]
@@ -39,6 +40,16 @@ class Pair:
     def speedup(self) -> float:
         """The baseline's latency over the rule's."""
         return self.baseline.latency_s / self.rule.latency_s
+
+    @property
+    def gap_frac(self) -> float:
+        """The rule's latency over the baseline's, minus 1."""
+        return self.rule.latency_s / self.baseline.latency_s - 1.0
+
+    @property
+    def predicted_gap_frac(self) -> float:
+        """The same of what was predicted when each was asked, from the readings of that moment."""
+        return self.rule.predicted_s / self.baseline.predicted_s - 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +113,7 @@ def cell_means(results: Sequence[CellResult], kind: str | None = None) -> list[C
                     rule=rule,
                     count=len(runs),
                     latency_s=statistics.fmean(run.latency_s for run in runs),
+                    predicted_s=statistics.fmean(run.predicted_s for run in runs),
                     backbone_bytes=statistics.fmean(run.backbone_bytes for run in runs),
                     uplink_bytes=statistics.fmean(run.uplink_bytes for run in runs),
                     plans=tuple(dict.fromkeys(run.plan for run in runs)),
