@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads its th
 
 from agent.bench.echo import EchoConfig, run_echo
 from agent.bench.plan import PlanConfig, run_plan
+from agent.bench.predict import PredictConfig, run_predict
 from agent.bench.recovery import RecoveryConfig, run_recovery
 from agent.bench.split import SplitConfig, run_split
 from agent.bench.testbed import TestbedConfig, run_testbed
@@ -20,18 +21,23 @@ if __name__ == "__main__":
         {
             "echo": EchoConfig,
             "plan": PlanConfig,
+            "predict": PredictConfig,
             "recovery": RecoveryConfig,
             "split": SplitConfig,
             "testbed": TestbedConfig,
             "tiles": TilesConfig,
         }
     )
-    assert isinstance(config, EchoConfig | PlanConfig | RecoveryConfig | SplitConfig | TestbedConfig | TilesConfig)
+    assert isinstance(
+        config, EchoConfig | PlanConfig | PredictConfig | RecoveryConfig | SplitConfig | TestbedConfig | TilesConfig
+    )
     match config:
         case EchoConfig():
             report = run_echo(config)
         case PlanConfig():
             report = run_plan(config)
+        case PredictConfig():
+            report = run_predict(config)
         case RecoveryConfig():
             report = run_recovery(config)
         case SplitConfig():

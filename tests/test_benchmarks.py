@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from agent.bench.regret import make_shipped_problem, measure_regret
+
 ROOT = Path(__file__).parent.parent
 
 BARS = {
@@ -19,6 +21,7 @@ BARS = {
         "plan_planner_us",
         "plan_ppo_us",
     },
+    "predict": {"predict_measured_median_frac", "predict_left_out_median_frac"},
     "recovery": {"recovery_right_answers_frac", "recovery_next_answer_s"},
     "split": {"split_over_parts"},
     "tiles": {"tiles_vgg16_two_nodes_speedup", "tiles_darknet53_two_nodes_speedup"},
@@ -43,3 +46,9 @@ def test_a_benchmark_runs_and_states_its_bars(name: str, tmp_path: Path) -> None
     assert all(isinstance(bar["holds"], bool) and bar["value"] >= 0 for bar in report["bars"])
     assert report["rows"]
     assert report["machine"]["cores"]
+
+
+def test_the_planner_is_never_below_the_optimum_and_near_it_on_a_shipped_profile() -> None:
+    regret = measure_regret(make_shipped_problem("torchvision:alexnet"), 8)
+    assert min(regret) >= -1e-6
+    assert max(regret) < 1.0
