@@ -22,7 +22,7 @@ from runtime.planning.arrays import StateArrays, decode_state
 from runtime.planning.candidates import NUM_CANDIDATES
 from runtime.planning.features import FeatureEncoder, Features
 from runtime.planning.rows import NUM_HOPS, PlanCosts, compile_plan
-from runtime.types import Plan, SystemState
+from runtime.types import LatencyBreakdown, Plan, SystemState
 
 Seed: TypeAlias = int | Sequence[int]
 
@@ -42,6 +42,7 @@ class Ended:
     outcome: str  # remote, device, local (completed by the device instead of as planned), failed
     uplink_bytes: float  # what the plan has the device send, coded where the newest reading made that pay
     backbone_bytes: float  # what the plan has enter or leave the cloud
+    latency: LatencyBreakdown | None = None  # where its time went, as the runtime measured it; the twin keeps no book
 
     @property
     def counted_s(self) -> float:
@@ -73,6 +74,10 @@ class Backend(Protocol):
     def time_s(self) -> float:
         """Instant of the request at hand on the world's clock."""
 
+    @property
+    def paused_s(self) -> float:
+        """By how much the last step came later than the next request, and the world's clock was set back."""
+
     def start(self, site: int, scenario: Scenario, seed: Seed) -> None:
         """Start an episode and go on to its first request. The same arguments give the same world in every backend."""
 
@@ -91,7 +96,11 @@ class Backend(Protocol):
 
         Raises:
             PlanError: for a plan that is not legal; the request is still at hand.
+            OffcutError: the machinery has failed, and with it the episode.
         """
+
+    def replace(self) -> None:
+        """Give up whatever an episode that failed has left; the next one starts anew."""
 
     def close(self) -> None:
         """End the backend; it cannot be used any more."""
@@ -138,6 +147,9 @@ class TwinBackend:
     def start(self, site: int, scenario: Scenario, seed: Seed) -> None:
         """Start an episode and go on to its first request."""
         self.start_world(site, scenario.world(self._sites[site], seed, self._num_requests + 1))
+
+    paused_s = 0.0
+    """Its clock waits for every decision."""
 
     def start_world(self, site: int, world: World) -> None:
         """Start an episode in a world at hand; it must hold `num_requests` + 1 requests."""
@@ -195,6 +207,10 @@ class TwinBackend:
         ]
         return bool(is_over[0]), ended
 
+    def replace(self) -> None:
+        """End the episode."""
+        self._is_running = False
+
     def close(self) -> None:
         """Nothing is held."""
         self._is_running = False
@@ -247,7 +263,14 @@ class Book:
         return float(sum(sent[hop] for hop in range(NUM_HOPS) if cloud.name in ends[hop]))
 
     def end(
-        self, number: int, sent: Sent, latency_s: float, deadline_s: float, reference_s: float, outcome: str
+        self,
+        number: int,
+        sent: Sent,
+        latency_s: float,
+        deadline_s: float,
+        reference_s: float,
+        outcome: str,
+        latency: LatencyBreakdown | None = None,
     ) -> Ended:
         """Note the end of a request."""
         latency, deadline, reference = (np.array([value]) for value in (latency_s, deadline_s, reference_s))
@@ -262,6 +285,7 @@ class Book:
             outcome=outcome,
             uplink_bytes=sent.uplink_bytes,
             backbone_bytes=sent.backbone_bytes,
+            latency=latency,
         )
 
 

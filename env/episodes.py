@@ -30,6 +30,12 @@ class Completed:
         return len(self.lane)
 
 
+def pick_episode(seed: Sequence[int], num_sites: int, num_scenarios: int) -> tuple[int, int]:
+    """Draw an episode's site and scenario."""
+    pick = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PICK,)))
+    return int(pick.integers(num_sites)), int(pick.integers(num_scenarios))
+
+
 class Episodes:
     """Lanes side by side, each in an episode of its own.
 
@@ -54,8 +60,7 @@ class Episodes:
     def start(self, lanes: IntArray, seeds: Sequence[Sequence[int]]) -> None:
         """Start an episode in each of some lanes, and work out what the planner makes of it."""
         for lane, seed in zip(lanes.tolist(), seeds, strict=True):
-            pick = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PICK,)))
-            site, scenario = int(pick.integers(len(self.sites))), int(pick.integers(len(self.scenarios)))
+            site, scenario = pick_episode(seed, len(self.sites), len(self.scenarios))
             self._site_of[lane], self._scenario_of[lane] = site, scenario
             world = self.scenarios[scenario].world(self.sites[site], seed, self.num_requests + 1)
             self._twin.load(lane, self.sites[site], world)

@@ -47,12 +47,28 @@ def test_the_same_seed_gives_the_same_requests_and_another_seed_others() -> None
     assert one == same != other
 
 
+def test_named_instants_come_as_they_are_and_over_again() -> None:
+    assert until(LoadShape(instants_s=(0.5, 0.5, 2.0), period_s=3.0), 7.0) == [0.5, 0.5, 2.0, 3.5, 3.5, 5.0, 6.5, 6.5]
+    once = Arrivals(LoadShape(instants_s=(0.0, 1.0)))
+    assert [once.next_s() for _ in range(3)] == [0.0, 1.0, math.inf]
+
+
 def test_no_rate_is_no_request() -> None:
     assert until(LoadShape(), 1e5) == []
 
 
 @pytest.mark.parametrize(
-    "fields", [{"rates_hz": (-1.0,)}, {"rates_hz": ()}, {"arrivals": "bursts"}, {"starts_s": (1.0,)}, {"period_s": 0.0}]
+    "fields",
+    [
+        {"rates_hz": (-1.0,)},
+        {"rates_hz": ()},
+        {"arrivals": "bursts"},
+        {"starts_s": (1.0,)},
+        {"period_s": 0.0},
+        {"instants_s": (-1.0,)},
+        {"instants_s": (2.0, 1.0)},
+        {"instants_s": (2.0,), "period_s": 1.0},
+    ],
 )
 def test_a_load_that_cannot_be_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="expected"):

@@ -86,6 +86,14 @@ class InferenceResult:
         return self._output
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """A request that has come and is not decided yet: what is known at this instant, for who decides outside."""
+
+    state: SystemState
+    admitted: Admitted
+
+
 class Session:
     """The device side of a deployment. Use as a context manager, or `close` it.
 
@@ -99,6 +107,7 @@ class Session:
         log_folder: where `events.jsonl` and `status.json` go; None writes neither.
         threads: torch threads of this process.
         connect_timeout_s: how long to wait for nodes that do not answer.
+        local: the device's model, where it is loaded already (`load_local`).
 
     Raises:
         ModelError: the model cannot be loaded or traced.
@@ -115,12 +124,16 @@ class Session:
         log_folder: Path | None = None,
         threads: int = 1,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        local: HostedModel | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         self.deployment = deployment
         self.policy_spec = policy
         self._auto = AutoCodec()
-        self._local = _load_local(deployment, self._auto) if deployment.constraints.device_has_model else None
+        if not deployment.constraints.device_has_model:
+            self._local = None
+        else:
+            self._local = load_local(deployment, self._auto) if local is None else local
         self._journal = Journal(log_folder, deployment.model.spec)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -230,6 +243,34 @@ class Session:
                 yield self._result(waiting.popleft())
         while waiting:
             yield self._result(waiting.popleft())
+
+    def arrive(self, x: Any, *, deadline_s: float | None = None) -> Arrival:
+        """Note a request and what is known as it comes; `submit` starts it, once somebody else has decided.
+
+        Raises:
+            InputError: the input is not one that the model takes.
+        """
+        admitted = admit(self.graph, x)
+        limit_s = self._deadline_s(admitted.kind, deadline_s)
+        self._client.contacts.board.arrived(time.perf_counter())
+        return Arrival(self.state(admitted.kind, admitted.nbytes, limit_s), admitted)
+
+    def submit(self, arrival: Arrival, plan: Plan) -> "Future[InferenceResult]":
+        """Start a request under a plan and do not wait: its time begins now. One that fails is a result too.
+
+        Raises:
+            PlanError: the plan is not legal here.
+            OffcutError: the session is closed, or its loop has ended by an error.
+        """
+        began_s = time.perf_counter()
+        with self._lock:
+            problem, _ = self._policy(arrival.admitted.kind)
+        chosen = check_plan(problem, plan)
+        request = self._make_request(arrival.admitted, chosen, problem, arrival.state, began_s, 0.0)
+        result: Future[InferenceResult] = Future()
+        request.future.add_done_callback(lambda _: result.set_result(self._result(request)))
+        self._client.submit(request)
+        return result
 
     def state(self, input_kind: str, input_bytes: int, deadline_s: float) -> SystemState:
         """What is known of nodes and links at this instant: what the policy would see.
@@ -399,7 +440,12 @@ class Session:
             )
 
 
-def _load_local(deployment: Deployment, auto: AutoCodec) -> HostedModel:
+def load_local(deployment: Deployment, auto: AutoCodec) -> HostedModel:
+    """Load the device's own copy of the model.
+
+    Raises:
+        ModelError: the model cannot be loaded or traced.
+    """
     config = deployment.model
     return HostedModel.load(
         config.spec,

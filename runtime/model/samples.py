@@ -34,9 +34,9 @@ def _sample_image(height: int, width: int, random: np.random.Generator) -> np.nd
     return np.clip(np.rint(total), 0, 255).astype(np.uint8)
 
 
-def sample_file(seed: int) -> bytes:
+def sample_file(seed: int, quality: int = 90) -> bytes:
     """Make a JPEG file like a camera's."""
     width, height = _ENCODED_SIZE
     file = io.BytesIO()
-    Image.fromarray(sample_images(1, height, width, seed)[0]).save(file, "JPEG", quality=90)
+    Image.fromarray(sample_images(1, height, width, seed)[0]).save(file, "JPEG", quality=quality)
     return file.getvalue()

@@ -85,7 +85,29 @@ class Restart:
         cluster.restart(self.node)
 
 
-Action = SetLink | SetBlackHole | SetContention | SetLoad | Kill | Restart
+@dataclass(frozen=True, slots=True)
+class Suspend:
+    """Let a node hang: its sockets stay open and nothing answers."""
+
+    node: str
+
+    def apply(self, cluster: Cluster) -> None:
+        """Carry it out."""
+        cluster.suspend(self.node)
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Let a node that hangs go on."""
+
+    node: str
+
+    def apply(self, cluster: Cluster) -> None:
+        """Carry it out."""
+        cluster.resume(self.node)
+
+
+Action = SetLink | SetBlackHole | SetContention | SetLoad | Kill | Restart | Suspend | Resume
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +184,12 @@ class Player:
     def now_s(self) -> float:
         """Seconds since the start, pauses left out."""
         return time.perf_counter() - self._began_at_s
+
+    @property
+    def error(self) -> Exception | None:
+        """What an action has failed with; nothing is carried out after it."""
+        with self._changed:
+            return self._errors[0] if self._errors else None
 
     def postpone(self, seconds: float) -> None:
         """Turn the clock back, so that everything yet to come comes so much later."""
