@@ -202,7 +202,8 @@ def _nodes(
         # A co-tenant slows background requests down too: together they may not ask for more than there is.
         utilisation = np.minimum(utilisation, limit / contention[slot])
         busy_frac[slot] = float((utilisation * contention[slot]).mean())
-        background[slot] = _background(site, rng, utilisation, site.model_s(name))
+        size_s = log_uniform(rng, site.ranges.background_size) * site.model_s(name)
+        background[slot] = draw_background(rng, utilisation, size_s)
     return contention, busy_frac, tuple(background)
 
 
@@ -215,10 +216,10 @@ def _co_tenant(site: Site, rng: np.random.Generator) -> FloatArray:
     return np.where(is_on, 1.0 / (1.0 - share), 1.0)
 
 
-def _background(site: Site, rng: np.random.Generator, utilisation: FloatArray, model_s: float) -> Background:
-    """Poisson arrivals whose rate follows the utilisation; sizes vary around one share of the model."""
+def draw_background(rng: np.random.Generator, utilisation: FloatArray, size_s: float) -> Background:
+    """Poisson arrivals whose rate follows the utilisation on the grid; sizes vary around `size_s`, or more if need be."""
     work_s = float(utilisation.sum() * GRID_S)
-    mean_s = max(log_uniform(rng, site.ranges.background_size) * model_s, work_s / (0.9 * MAX_BACKGROUND))
+    mean_s = max(size_s, work_s / (0.9 * MAX_BACKGROUND))
     expected = work_s / mean_s
     turns = np.cumsum(rng.exponential(1.0, size=int(expected + 6.0 * np.sqrt(expected) + 8)))
     turns = turns[turns < expected]
