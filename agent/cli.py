@@ -21,6 +21,7 @@ from agent.config import (
     StatusConfig,
 )
 from agent.tables import loading
+from agent.train.config import TrainConfig
 from runtime.errors import OffcutError
 from runtime.node.config import WorkerConfig
 
@@ -34,6 +35,7 @@ Config: TypeAlias = (
     | MeasureConfig
     | KeysConfig
     | ReproduceConfig
+    | TrainConfig
 )
 
 COMMANDS: dict[str, type[Config]] = {
@@ -46,6 +48,7 @@ COMMANDS: dict[str, type[Config]] = {
     "measure": MeasureConfig,
     "keys": KeysConfig,
     "reproduce": ReproduceConfig,
+    "train": TrainConfig,
 }
 
 DESCRIPTION = """Split DNN inference across a device, edge nodes and a cloud. `offcut COMMAND --help` explains a command;
@@ -109,6 +112,11 @@ def run(command: Config) -> None:
                 from agent.reproduce.run import run_reproduce
 
             run_reproduce(command)
+        case TrainConfig():
+            with loading("loading torch"):
+                from agent.train.run import run_train
+
+            run_train(command)
 
 
 def version() -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from env.reward import reward_terms
+from env.reward import EXCESS_WEIGHT, reward_terms
 from env.scenario import Scenario
 from env.site import Site
 from env.spaces import Observation, blank_observations, put_features
@@ -24,6 +24,8 @@ class Completed:
     latency_s: FloatArray  # (M,) inf: never answered
     term: FloatArray  # (M,) what each adds to the reward
     outcome: IntArray  # (M,) code in `env.twin.OUTCOMES`
+    deadline_s: FloatArray  # (M,)
+    reference_s: FloatArray  # (M,) the planner's latency
 
     def __len__(self) -> int:
         """How many."""
@@ -39,15 +41,21 @@ def pick_episode(seed: Sequence[int], num_sites: int, num_scenarios: int) -> tup
 class Episodes:
     """Lanes side by side, each in an episode of its own.
 
-    Which site and scenario an episode has follows from its seed, as everything else does.
+    Which site and scenario an episode has follows from its seed, as everything else does, unless `start` is told.
     """
 
     def __init__(
-        self, sites: Sequence[Site], scenarios: Sequence[Scenario], *, num_lanes: int, num_requests: int
+        self,
+        sites: Sequence[Site],
+        scenarios: Sequence[Scenario],
+        *,
+        num_lanes: int,
+        num_requests: int,
+        excess_weight: float = EXCESS_WEIGHT,
     ) -> None:
         """Make the lanes; `start` puts episodes into them."""
         self.sites, self.scenarios = tuple(sites), tuple(scenarios)
-        self.num_requests = num_requests
+        self.num_requests, self.excess_weight = num_requests, excess_weight
         self._twin = Twin(num_lanes, num_requests + 1)
         self._encoders = [FeatureEncoder(site.problem) for site in self.sites]
         self._num_plans = np.array([site.candidates.num_plans for site in self.sites])
@@ -57,10 +65,19 @@ class Episodes:
         self._reference_s = np.zeros((num_lanes, num_requests + 1))
         self._observations = blank_observations(num_lanes)
 
-    def start(self, lanes: IntArray, seeds: Sequence[Sequence[int]]) -> None:
-        """Start an episode in each of some lanes, and work out what the planner makes of it."""
-        for lane, seed in zip(lanes.tolist(), seeds, strict=True):
-            site, scenario = pick_episode(seed, len(self.sites), len(self.scenarios))
+    def start(
+        self, lanes: IntArray, seeds: Sequence[Sequence[int]], places: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        """Start an episode in each of some lanes, and work out what the planner makes of it.
+
+        Args:
+            lanes: which.
+            seeds: one each.
+            places: index of the site and of the scenario of each; None draws them from the seeds.
+        """
+        num_sites, num_scenarios = len(self.sites), len(self.scenarios)
+        picked = [pick_episode(seed, num_sites, num_scenarios) for seed in seeds] if places is None else places
+        for lane, seed, (site, scenario) in zip(lanes.tolist(), seeds, picked, strict=True):
             self._site_of[lane], self._scenario_of[lane] = site, scenario
             world = self.scenarios[scenario].world(self.sites[site], seed, self.num_requests + 1)
             self._twin.load(lane, self.sites[site], world)
@@ -79,11 +96,12 @@ class Episodes:
         self._observe(lanes)
         ended = lanes[place]
         latency_s, deadline_s, outcome = self._twin.requests(ended, number)
-        scale_s = self._scale_s[self._site_of[ended]]
-        terms = reward_terms(latency_s, deadline_s, self._reference_s[ended, number], scale_s)
+        reference_s, scale_s = self._reference_s[ended, number], self._scale_s[self._site_of[ended]]
+        terms = reward_terms(latency_s, deadline_s, reference_s, scale_s, self.excess_weight)
         rewards = np.zeros(len(lanes))
         np.add.at(rewards, place, terms)
-        return rewards, is_over, Completed(place.copy(), number.copy(), latency_s, terms, outcome)
+        completed = Completed(place.copy(), number.copy(), latency_s, terms, outcome, deadline_s, reference_s)
+        return rewards, is_over, completed
 
     def _observe(self, lanes: IntArray) -> None:
         """Encode what the lanes' devices know, site by site: the encoder's arrays belong to one problem."""
@@ -114,6 +132,15 @@ class Episodes:
     def reference_s(self, lane: int) -> FloatArray:
         """The planner's latency for every request of the lane's episode."""
         return self._reference_s[lane, : self.num_requests].copy()
+
+    def deadline_s(self, lane: int) -> FloatArray:
+        """Deadline of every request of the lane's episode."""
+        numbers = np.arange(self.num_requests)
+        return self._twin.requests(np.full(self.num_requests, lane), numbers)[1]
+
+    def scale_s(self, lane: int) -> float:
+        """The best latency of the lane's site on idle nodes at nominal rates."""
+        return float(self._scale_s[self._site_of[lane]])
 
 
 _PICK = 99

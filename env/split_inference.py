@@ -14,6 +14,7 @@ from env.backend import Backend, TwinBackend
 from env.catalogue import make_sites
 from env.draw import SCENARIOS
 from env.episodes import Episodes, pick_episode
+from env.reward import EXCESS_WEIGHT
 from env.scenario import Scenario, SyntheticScenario
 from env.site import Site
 from env.spaces import Observation, action_space, observation_space
@@ -216,6 +217,7 @@ def make_episodes(
     *,
     num_lanes: int,
     num_requests: int,
+    excess_weight: float = EXCESS_WEIGHT,
 ) -> Episodes:
     """Make the lanes of an environment from what its constructor was given.
 
@@ -224,7 +226,8 @@ def make_episodes(
     """
     check_sizes(num_requests, num_lanes)
     places = make_sites(models) if sites is None else tuple(sites)
-    return Episodes(places, make_scenarios(scenario), num_lanes=num_lanes, num_requests=num_requests)
+    scenarios = make_scenarios(scenario)
+    return Episodes(places, scenarios, num_lanes=num_lanes, num_requests=num_requests, excess_weight=excess_weight)
 
 
 def check_sizes(num_requests: int, num_lanes: int) -> None:

@@ -9,6 +9,7 @@ from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from env.reward import EXCESS_WEIGHT
 from env.scenario import Scenario
 from env.site import Site
 from env.spaces import Observation, action_space, observation_space
@@ -32,6 +33,7 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
         num_requests: steps of an episode.
         sites: as `SplitInferenceEnv`.
         staggered: cut the first episodes short, evenly.
+        excess_weight: of the linear part of the reward (`env.reward`).
 
     Raises:
         ConfigError: when there is no such model or scenario, or a number is not positive.
@@ -48,6 +50,7 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
         num_requests: int = NUM_REQUESTS,
         sites: Sequence[Site] | None = None,
         staggered: bool = False,
+        excess_weight: float = EXCESS_WEIGHT,
         render_mode: str | None = None,
     ) -> None:
         self.num_envs = num_envs
@@ -56,7 +59,9 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
         self.single_action_space = action_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._episodes = make_episodes(models, scenario, sites, num_lanes=num_envs, num_requests=num_requests)
+        self._episodes = make_episodes(
+            models, scenario, sites, num_lanes=num_envs, num_requests=num_requests, excess_weight=excess_weight
+        )
         self._lanes = np.arange(num_envs)
         self._counts = np.zeros(num_envs, dtype=np.int64)
         self._seed: int | None = None

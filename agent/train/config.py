@@ -1,0 +1,197 @@
+"""Settings of a training: the fields and their texts are `offcut train --help`."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.errors import ConfigError
+from runtime.profiles.shipped import shipped_specs
+from runtime.types import INPUT_KINDS
+
+HELD_OUT = ("timm:xception", "torchvision:googlenet", "torchvision:vgg16")
+"""Models that no shipped policy was trained on: a light, a middling and a heavy one."""
+
+_POSITIVE = (
+    "per_model", "num_envs", "num_requests", "n_steps", "batch_size", "epochs", "hidden", "steps", "eval_every",
+    "eval_episodes", "save_every", "threads", "learning_rate",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Train a policy in the twin; the best one is kept as a frozen folder. Ctrl-C saves, `--resume` goes on.
+
+    What OUT holds in the end: best (the frozen policy: `offcut infer --policy OUT/best`), tensorboard, config.json,
+    state.json and state-STEPS.zip (what --resume needs).
+    """
+
+    out: Path = Path("runs/train")
+    """Folder for everything."""
+
+    resume: bool = False
+    """Go on in OUT with the settings that were saved there; of the others only --threads counts."""
+
+    # --- where it learns
+    models: tuple[str, ...] = ()
+    """Models to learn on: shipped ones, or random:NUMBER; none takes every shipped one that is not held out."""
+
+    held_out: tuple[str, ...] = HELD_OUT
+    """Models that evaluation shows besides, and that nothing is learnt or chosen on."""
+
+    random_models: int = 8
+    """Made-up models besides."""
+
+    per_model: int = 3
+    """Sites of each model and input kind, with machines of their own."""
+
+    input_kinds: tuple[str, ...] = ("encoded",)
+    """What requests bring: encoded, image, tensor."""
+
+    scenarios: tuple[str, ...] = ("both", "streaming", "contention", "outage")
+    """What happens around a site; one that is named twice comes twice as often."""
+
+    traces: Path | None = None
+    """Folder with network/ and load/: every scenario also plays its training files; evaluation plays validation files."""
+
+    synthetic: bool = True
+    """Also play the fitted families where there are --traces."""
+
+    num_requests: int = 128
+    """Steps of an episode."""
+
+    # --- how it learns
+    steps: int = 1_000_000
+    """Decisions in all; rounded up to whole updates."""
+
+    seed: int = 0
+    """Of everything: equal settings and seed give equal weights."""
+
+    num_envs: int = 64
+    """Environments side by side."""
+
+    n_steps: int = 128
+    """Steps of each between two updates."""
+
+    batch_size: int = 2048
+    """Decisions of a gradient step."""
+
+    epochs: int = 4
+    """How often an update sees every decision."""
+
+    learning_rate: float = 1e-3
+    """Of the first update; falls linearly to almost 0."""
+
+    gamma: float = 0.95
+    """Discount of what comes one request later."""
+
+    gae_lambda: float = 0.9
+    """Of generalised advantage estimation."""
+
+    clip: float = 0.2
+    """How far an update may move the odds of a decision."""
+
+    entropy: float = 0.002
+    """Weight of the entropy bonus."""
+
+    hidden: int = 64
+    """Width of the network's layers."""
+
+    credit: Literal["arrival", "decision"] = "arrival"
+    """Where a request's term counts: at the step in which it ended, or at the step that decided on it."""
+
+    hold: int = 16
+    """With credit decision: the last so many steps wait for the next update, so that their requests have ended."""
+
+    excess_weight: float = 0.1
+    """Weight of the reward's linear part, which makes long waits count."""
+
+    # --- how it is watched
+    eval_every: int = 100_000
+    """Steps between evaluations."""
+
+    eval_scenarios: tuple[str, ...] = ("both", "streaming", "contention", "static")
+    """What evaluations play, whatever is learnt on: the best policy is the one that is best over all of these."""
+
+    eval_episodes: int = 2
+    """Episodes of each model, input kind and scenario in an evaluation."""
+
+    save_every: int = 100_000
+    """Steps between saves of what --resume needs."""
+
+    threads: int = 1
+    """Torch threads."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"expected --{name.replace('_', '-')} > 0, got {getattr(self, name)}")
+        for name in ("random_models", "seed", "hold", "entropy", "excess_weight"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"expected --{name.replace('_', '-')} >= 0, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda", "clip"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"expected --{name.replace('_', '-')} within 0 and 1, got {getattr(self, name)}")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        for kind in self.input_kinds:
+            if kind not in INPUT_KINDS:
+                raise ConfigError(f"expected --input-kinds among {', '.join(INPUT_KINDS)}, got {kind!r}")
+        for name in ("input_kinds", "scenarios", "eval_scenarios"):
+            if not getattr(self, name):
+                raise ConfigError(f"expected at least one of --{name.replace('_', '-')}, got none")
+        if self.traces is None and not self.synthetic:
+            raise ConfigError("expected --traces DIR with --no-synthetic: there would be nothing to play")
+        both = set(self.models) & set(self.held_out)
+        if both:
+            raise ConfigError(f"expected models to be learnt on or held out, got both for {', '.join(sorted(both))}")
+        if self.num_envs * self.n_steps < self.batch_size:
+            raise ConfigError(
+                f"expected --batch-size <= num_envs * n_steps = {self.num_envs * self.n_steps}, got {self.batch_size}"
+            )
+        if self.credit == "decision" and self.hold >= self.n_steps:
+            raise ConfigError(f"expected --hold < n_steps = {self.n_steps}, got {self.hold}")
+
+    @property
+    def rollout(self) -> int:
+        """Steps between two updates, of all environments."""
+        return self.num_envs * self.n_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Updates in all."""
+        return math.ceil(self.steps / self.rollout)
+
+    @property
+    def learnt_models(self) -> tuple[str, ...]:
+        """Shipped models to learn on, then the made-up ones."""
+        shipped = self.models or tuple(spec for spec in shipped_specs() if spec not in self.held_out)
+        return shipped + tuple(f"random:{number}" for number in range(self.random_models))
+
+    def settings(self) -> dict[str, Any]:
+        """What the result follows from, as JSON can hold it: no folders, and traces by their folder's name only."""
+        left_out = ("out", "resume", "threads", "save_every")
+        named = {key: value for key, value in asdict(self).items() if key not in left_out}
+        return named | {"traces": None if self.traces is None else self.traces.name}
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field but `resume`, as JSON can hold it."""
+        fixed = {key: value for key, value in asdict(self).items() if key != "resume"}
+        return fixed | {"out": str(self.out), "traces": None if self.traces is None else str(self.traces)}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any], **others: Any) -> "TrainConfig":
+        """Read what `to_json` gave; `others` replaces fields."""
+        known = {field.name for field in fields(cls)}
+        if set(saved) - known:
+            raise ConfigError(f"expected the settings of this version, got {', '.join(sorted(set(saved) - known))} too")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+        for name in ("out", "traces"):
+            values[name] = None if values.get(name) is None else Path(values[name])
+        return cls(**(values | others))

@@ -1,0 +1,135 @@
+"""`offcut train`: from settings to a frozen folder."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from sb3_contrib import MaskablePPO
+from stable_baselines3.common.logger import configure
+
+from agent.network import CandidatePolicy
+from agent.tables import loading
+from agent.train.buffer import CreditRolloutBuffer
+from agent.train.config import TrainConfig
+from agent.train.evaluate import Evaluator
+from agent.train.state import State, load_config, load_state, save_config
+from agent.train.tell import Teller
+from agent.train.vecenv import TwinVecEnv
+from agent.train.watch import BEST, Watch
+from agent.train.worlds import describe_traces, training_worlds, validation_worlds
+from env.vector import SplitInferenceVectorEnv
+
+
+def run_train(config: TrainConfig) -> None:
+    """Train, or go on with a training; leaves with 128 + its number after a signal.
+
+    Raises:
+        ConfigError: when a model, scenario, trace or the training to go on with is not there.
+    """
+    torch.set_num_threads(config.threads)
+    torch.distributions.Distribution.set_default_validate_args(False)  # a third of a step otherwise
+    if config.resume:
+        config = load_config(config)
+    with loading("choosing plans for every site"):
+        env = make_env(config)
+        evaluators = _evaluators(config)
+    model = make_model(config, env)
+    state = load_state(config.out, model) if config.resume else State()
+    save_config(config)
+    env.seed(config.seed * 2**20 + state.steps // config.rollout)
+    model.set_logger(configure(str(config.out / "tensorboard"), ["tensorboard"]))
+    total = config.num_updates * config.rollout
+    with Teller(total, state.steps) as teller:
+        watch = Watch(config, state, evaluators, teller, _facts(config))
+        before = {number: signal.signal(number, watch.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            model.learn(total - state.steps, callback=watch, reset_num_timesteps=False, log_interval=1)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        _say_end(config, state, teller, total)
+    env.close()
+    if watch.stop_signal:
+        sys.exit(128 + watch.stop_signal)
+
+
+def _say_end(config: TrainConfig, state: State, teller: Teller, total: int) -> None:
+    if state.steps < total:
+        teller.say(f"saved after {state.steps:,} of {total:,} steps; go on: offcut train --out {config.out} --resume")
+    else:
+        best = config.out / BEST
+        teller.say(
+            f"{state.steps:,} steps in {state.trained_s / 60.0:.1f} min; best after {state.best_steps:,}: {best}"
+        )
+
+
+def make_env(config: TrainConfig) -> TwinVecEnv:
+    """Make what is learnt in."""
+    worlds = training_worlds(config)
+    env = SplitInferenceVectorEnv(
+        config.num_envs,
+        scenario=tuple(worlds.scenarios.values()),
+        sites=worlds.sites,
+        num_requests=config.num_requests,
+        staggered=True,
+        excess_weight=config.excess_weight,
+    )
+    return TwinVecEnv(env)
+
+
+def make_model(config: TrainConfig, env: TwinVecEnv) -> MaskablePPO:
+    """Make the learner, untrained."""
+    last = 1.0 / config.num_updates
+
+    def learning_rate(progress_left: float) -> float:
+        return config.learning_rate * (progress_left + last)  # SB3 asks after the rollout: what is left then
+
+    return MaskablePPO(
+        CandidatePolicy,
+        env,
+        learning_rate=learning_rate,
+        n_steps=config.n_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip,
+        ent_coef=config.entropy,
+        policy_kwargs={"hidden": config.hidden},
+        rollout_buffer_class=CreditRolloutBuffer,
+        rollout_buffer_kwargs={"hold": config.hold if config.credit == "decision" else 0},
+        seed=config.seed,
+        device="cpu",
+    )
+
+
+def _evaluators(config: TrainConfig) -> tuple[Evaluator, Evaluator | None]:
+    def make(models: tuple[str, ...]) -> Evaluator:
+        worlds = validation_worlds(config, models)
+        return Evaluator(worlds, episodes=config.eval_episodes, num_requests=config.num_requests)
+
+    learnt = config.models or config.learnt_models[: -config.random_models or None]
+    return make(learnt), make(config.held_out) if config.held_out else None
+
+
+def _facts(config: TrainConfig) -> dict[str, Any]:
+    """Facts that stand before the training begins."""
+    facts: dict[str, Any] = {"revision": _revision(), "models": list(config.learnt_models)}
+    return facts | {"held-out models": list(config.held_out), "traces": describe_traces(config)}
+
+
+def _revision() -> str | None:
+    """Git revision of the code, `+` behind it when files differ; None where it is not a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        revision, changes = (
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            for words in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision + ("+" if changes else "")

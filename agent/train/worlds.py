@@ -1,0 +1,69 @@
+"""Where a training learns and where it is evaluated: sites and scenarios made from the settings."""
+
+import hashlib
+from dataclasses import dataclass
+
+from agent.train.config import TrainConfig
+from env.catalogue import make_sites
+from env.scenario import Scenario, SyntheticScenario, TraceScenario
+from env.site import Site
+from env.traces import trace_files
+from runtime.types import INPUT_KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Worlds:
+    """Sites and scenarios; an episode takes place at one of each."""
+
+    sites: tuple[Site, ...]
+    scenarios: dict[str, Scenario]
+    """By name: the kind, `-traces` behind it where it plays recordings."""
+
+
+def training_worlds(config: TrainConfig) -> Worlds:
+    """Make what is learnt on.
+
+    Raises:
+        ConfigError: when there is no such model, scenario or trace.
+    """
+    sites = _sites(config, config.learnt_models, config.per_model, 2 * config.seed + 1)
+    return Worlds(sites, _scenarios(config, config.scenarios, "train"))
+
+
+def validation_worlds(config: TrainConfig, models: tuple[str, ...]) -> Worlds:
+    """Make what is evaluated on: one site of each model and input kind, whatever the training's seed.
+
+    Raises:
+        ConfigError: when there is no such model, scenario or trace.
+    """
+    return Worlds(_sites(config, models, 1, 0), _scenarios(config, config.eval_scenarios, "validation"))
+
+
+def _sites(config: TrainConfig, models: tuple[str, ...], per_model: int, seed: int) -> tuple[Site, ...]:
+    """Draw machines: odd seeds for training, even ones for evaluation, so that no site is in both."""
+    return tuple(
+        site
+        for at, kind in enumerate(config.input_kinds)
+        for site in make_sites(models, per_model=per_model, input_kind=kind, seed=seed * len(INPUT_KINDS) * 2 + at)
+    )
+
+
+def _scenarios(config: TrainConfig, kinds: tuple[str, ...], split: str) -> dict[str, Scenario]:
+    made: dict[str, Scenario] = {}
+    for at, kind in enumerate(kinds):
+        name = f"{kind}.{at}" if kind in kinds[:at] else kind
+        if config.synthetic:
+            made[name] = SyntheticScenario(kind)
+        if config.traces is not None:
+            networks, loads = config.traces / "network", config.traces / "load"
+            made[f"{name}-traces"] = TraceScenario(kind, networks, loads, split=split)
+    return made
+
+
+def describe_traces(config: TrainConfig) -> dict[str, object] | None:
+    """How many training files there are, and a hash of their names: what was learnt from, without a path."""
+    if config.traces is None:
+        return None
+    files = [file for part in ("network", "load") for file in trace_files(config.traces / part, "train")]
+    names = "\n".join(f"{file.parent.name}/{file.name}" for file in files)
+    return {"files": len(files), "names_sha256": hashlib.sha256(names.encode()).hexdigest()}
