@@ -107,16 +107,20 @@ def run(command: Config) -> None:
             from agent.measure import run_measure
 
             run_measure(command)
-        case ReproduceConfig():
-            with loading("loading torch"):
-                from agent.reproduce.run import run_reproduce
+        case ReproduceConfig() | TrainConfig():
+            _run_experiment(command)
 
-            run_reproduce(command)
-        case TrainConfig():
-            with loading("loading torch"):
-                from agent.train.run import run_train
 
-            run_train(command)
+def _run_experiment(command: ReproduceConfig | TrainConfig) -> None:
+    """Run what takes minutes to hours and goes on where it was stopped."""
+    with loading("loading torch"):
+        from agent.reproduce.run import run_reproduce
+        from agent.train.run import run_train
+
+    if isinstance(command, ReproduceConfig):
+        run_reproduce(command)
+    else:
+        run_train(command)
 
 
 def version() -> str:

@@ -7,7 +7,7 @@ decided.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from env.traces import FloatArray, on_grid, read_loads, read_networks, trace_fil
 from env.world import World
 from runtime.errors import ConfigError
 
-_Recorded = tuple[Sequence[float], Sequence[float], float]
+_Recorded = tuple[FloatArray, FloatArray, float]
 
 
 class Scenario(Protocol):
@@ -94,21 +94,26 @@ class TraceScenario:
         """Draw an episode's world."""
         return draw_world(self.kind, site, seed, num_requests, self._bandwidth, self._load)
 
-    @cached_property
-    def _read(self) -> tuple[list[_Recorded], list[_Recorded]]:
-        networks: list[_Recorded] = [(t.starts_s, t.rates_bps, t.period_s) for t in read_networks(self._files[0])]
-        loads: list[_Recorded] = [(t.starts_s, t.values, t.period_s) for t in read_loads(self._files[1])]
-        return networks, loads
-
     def _bandwidth(self, rng: np.random.Generator, site: Site, count: int) -> FloatArray:
         del site
-        return _play(self._read[0], rng, count)
+        return _play(_networks(self._files[0]), rng, count)
 
     def _load(self, rng: np.random.Generator, count: int) -> FloatArray:
         if not self._files[1]:
             return SyntheticScenario._load(rng, count)
-        values = _play(self._read[1], rng, count)
+        values = _play(_loads(self._files[1]), rng, count)
         return values / max(float(values.mean()), 1e-9)
+
+
+@lru_cache(maxsize=8)
+def _networks(files: tuple[Path, ...]) -> list[_Recorded]:
+    """Read once for all the scenarios of a training."""
+    return [(np.array(one.starts_s), np.array(one.rates_bps), one.period_s) for one in read_networks(files)]
+
+
+@lru_cache(maxsize=8)
+def _loads(files: tuple[Path, ...]) -> list[_Recorded]:
+    return [(np.array(one.starts_s), np.array(one.values), one.period_s) for one in read_loads(files)]
 
 
 def _play(recorded: list[_Recorded], rng: np.random.Generator, count: int) -> FloatArray:

@@ -87,7 +87,11 @@ def read_loads(files: Sequence[Path]) -> tuple[LoadTrace, ...]:
 
 
 def on_grid(
-    starts_s: Sequence[float], values: Sequence[float], period_s: float, begin_s: float, count: int
+    starts_s: Sequence[float] | FloatArray,
+    values: Sequence[float] | FloatArray,
+    period_s: float,
+    begin_s: float,
+    count: int,
 ) -> FloatArray:
     """Read a step function at `count` grid instants from `begin_s` on; it starts over after its period."""
     at_s = (begin_s + GRID_S * (np.arange(count) + 0.5)) % period_s

@@ -189,7 +189,7 @@ def test_equal_settings_and_seed_give_equal_weights_and_a_policy_that_decides(tm
 
 
 def test_a_training_that_is_stopped_goes_on_to_the_same_end(tmp_path, capsys):
-    config = tiny(tmp_path, steps=32 * 40, eval_every=32 * 40)
+    config = tiny(tmp_path, steps=32 * 12, eval_every=32 * 12)
     saved, main = tmp_path / "state.json", threading.Event()
 
     def stop_once_saved():
@@ -208,7 +208,7 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_end(tmp_path, capsys):
     assert 0 < done < config.steps
     run_train(TrainConfig(out=tmp_path, resume=True))
     state = json.loads(saved.read_text())
-    assert (state["steps"], state["updates"]) == (config.steps, 40)
+    assert (state["steps"], state["updates"]) == (config.steps, 12)
     assert [path.name for path in tmp_path.glob("state-*.zip")] == [f"state-{config.steps}.zip"]
     assert [point["steps"] for point in state["curve"]] == [0, config.steps]
 

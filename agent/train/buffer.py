@@ -63,11 +63,10 @@ class CreditRolloutBuffer(MaskableDictRolloutBuffer):
         """Take the requests that ended in the step that is added next."""
         self._ended.append((self.pos, completed))
 
-    def add(self, obs: Any, action: Any, reward: Any, episode_start: Any, *args: Any, **kwargs: Any) -> None:
-        """Add a step of every environment."""
-        before = self.numbers[self.pos - 1]
-        self.numbers[self.pos] = np.where(episode_start, 0, before + 1)
-        super().add(obs, action, reward, episode_start, *args, **kwargs)
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """Add a step of every environment: observations, actions, rewards, episode starts, and so on as SB3 has it."""
+        self.numbers[self.pos] = np.where(args[3], 0, self.numbers[self.pos - 1] + 1)
+        super().add(*args, **kwargs)
 
     def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: npt.NDArray[np.bool_]) -> None:
         """Move the terms, then work out returns and advantages."""
@@ -79,14 +78,18 @@ class CreditRolloutBuffer(MaskableDictRolloutBuffer):
             np.add.at(self.rewards, (decided[is_here], lanes), terms)
         super().compute_returns_and_advantage(last_values, dones)
 
-    def get(self, batch_size: int | None = None) -> Generator[MaskableDictRolloutBufferSamples, None, None]:
+    def get(  # type: ignore[override] - as SB3 itself declares it
+        self, batch_size: int | None = None
+    ) -> Generator[MaskableDictRolloutBufferSamples, None, None]:
         """Give the steps that do not wait, in random order."""
         first, last = self.first_row * self.n_envs, (self.buffer_size - self.hold) * self.n_envs
         order = first + np.random.permutation(last - first)
         for start in range(0, len(order), batch_size or len(order)):
             yield self._get_samples(order[start : start + (batch_size or len(order))])
 
-    def _get_samples(self, batch_inds: npt.NDArray[np.int64], env: Any = None) -> MaskableDictRolloutBufferSamples:
+    def _get_samples(  # type: ignore[override] - as SB3 itself declares it
+        self, batch_inds: npt.NDArray[np.int64], env: Any = None
+    ) -> MaskableDictRolloutBufferSamples:
         def take(rows: npt.NDArray[Any]) -> torch.Tensor:
             return torch.from_numpy(rows.reshape(-1, *rows.shape[2:])[batch_inds]).to(self.device)
 

@@ -14,7 +14,7 @@ HELD_OUT = ("timm:xception", "torchvision:googlenet", "torchvision:vgg16")
 
 _POSITIVE = (
     "per_model", "num_envs", "num_requests", "n_steps", "batch_size", "epochs", "hidden", "steps", "eval_every",
-    "eval_episodes", "save_every", "threads", "learning_rate",
+    "eval_episodes", "save_every", "threads", "learning_rate", "grad_norm",
 )  # fmt: skip
 
 
@@ -94,6 +94,12 @@ class TrainConfig:
     entropy: float = 0.002
     """Weight of the entropy bonus."""
 
+    value_weight: float = 0.1
+    """Weight of the critic's loss. Returns spread by 2 to 3, so at 0.5 its gradient owns the layers that both share."""
+
+    grad_norm: float = 0.5
+    """Longer gradients are cut to this length."""
+
     hidden: int = 64
     """Width of the network's layers."""
 
@@ -131,7 +137,7 @@ class TrainConfig:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"expected --{name.replace('_', '-')} > 0, got {getattr(self, name)}")
-        for name in ("random_models", "seed", "hold", "entropy", "excess_weight"):
+        for name in ("random_models", "seed", "hold", "entropy", "value_weight", "excess_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"expected --{name.replace('_', '-')} >= 0, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda", "clip"):
@@ -191,7 +197,9 @@ class TrainConfig:
         known = {field.name for field in fields(cls)}
         if set(saved) - known:
             raise ConfigError(f"expected the settings of this version, got {', '.join(sorted(set(saved) - known))} too")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()
+        }
         for name in ("out", "traces"):
             values[name] = None if values.get(name) is None else Path(values[name])
         return cls(**(values | others))

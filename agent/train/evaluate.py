@@ -115,7 +115,8 @@ def compare(
 def best_actions(network: FrozenNetwork, observations: Observation) -> npt.NDArray[np.int64]:
     """The most likely action that the mask allows, for a batch of observations."""
     logits = network.score(as_features(observations))
-    return np.where(observations["mask"] > 0, logits, -np.inf).argmax(axis=1)
+    best: npt.NDArray[np.int64] = np.where(observations["mask"] > 0, logits, -np.inf).argmax(axis=1)
+    return best
 
 
 def as_features(observations: Observation) -> Features:

@@ -98,6 +98,8 @@ def make_model(config: TrainConfig, env: TwinVecEnv) -> MaskablePPO:
         gae_lambda=config.gae_lambda,
         clip_range=config.clip,
         ent_coef=config.entropy,
+        vf_coef=config.value_weight,
+        max_grad_norm=config.grad_norm,
         policy_kwargs={"hidden": config.hidden},
         rollout_buffer_class=CreditRolloutBuffer,
         rollout_buffer_kwargs={"hold": config.hold if config.credit == "decision" else 0},

@@ -52,7 +52,7 @@ def save_state(folder: Path, model: BaseAlgorithm, state: State) -> None:
     saved = {
         "weights": weights.name,
         "steps": state.steps,
-        "updates": model._n_updates,  # type: ignore[attr-defined]
+        "updates": model._n_updates,
         "trained_s": state.trained_s,
         "best_score": state.best_score if state.best_steps else None,
         "best_steps": state.best_steps,
@@ -77,7 +77,7 @@ def load_state(folder: Path, model: BaseAlgorithm) -> State:
         raise ConfigError(f"expected {weights}, which {STATE_FILE} names; start anew without --resume")
     model.set_parameters(str(weights), device="cpu")
     model.num_timesteps = saved["steps"]
-    model._n_updates = saved["updates"]  # type: ignore[attr-defined]
+    model._n_updates = saved["updates"]
     best = saved["best_score"]
     return State(
         steps=saved["steps"],
