@@ -42,6 +42,8 @@ _ROW_FIELDS = (
     "plain_codec_s", "is_relayed", "message_s",
 )  # fmt: skip
 
+_NOT_LOOKED = np.empty((0, 1))
+
 
 @lru_cache(maxsize=4096)
 def _layers(plan: Plan, tier: Tier, entry: int) -> tuple[int, ...]:
@@ -63,10 +65,10 @@ class Twin:
         self._world = layout.World(
             grid=np.ones((num_lanes, layout.GRID_ROWS, MAX_STEPS)),
             background=np.zeros((num_lanes, 2 * NODES, MAX_BACKGROUND)),
-            requests=np.zeros((num_lanes, CLIENTS, layout.REQUEST_ROWS, num_requests)),
+            requests=np.zeros((num_lanes + 1, CLIENTS, layout.REQUEST_ROWS, num_requests)),
         )
         self._plans = make_records(layout.PLANS, num_lanes)
-        self._lanes = make_records(layout.LANE, num_lanes)
+        self._lanes = make_records(layout.LANE, num_lanes + 1)  # the last one is to look ahead in
         self._states = make_records(layout.STATE, num_lanes + 1)
         self._known = self._states.view(np.ndarray)  # reads a field ten times as fast
         self._blank_lane = run.blank_lane()
@@ -185,7 +187,7 @@ class Twin:
     def begin(self, lanes: IntArray) -> None:
         """Start lanes over: each stands at its first request."""
         self._blank(lanes)
-        self._run(lanes, lanes, run.BEGIN)
+        self._run(lanes, lanes[:, None], run.BEGIN)
 
     def step(self, lanes: IntArray, rows: IntArray) -> tuple[BoolArray, IntArray]:
         """Start the request at hand in some lanes, each under the plan of its row, and go on to the next.
@@ -194,14 +196,31 @@ class Twin:
             Where the next one is the world's last: it is not started any more, and every other of the agent's requests
             has ended. And the requests that ended, shape (2, number): place in `lanes`, number in the episode.
         """
-        return self._run(lanes, rows, run.STEP)
+        return self._run(lanes, rows[:, None], run.STEP)
 
     def plan(self, lanes: IntArray) -> FloatArray:
         """Run the planner through whole episodes: latency of every request, shape (lanes, R). `begin` starts over."""
         self._blank(lanes)
-        self._run(lanes, lanes, run.PLAN)
+        self._run(lanes, lanes[:, None], run.PLAN)
         latency_s: FloatArray = self._world.requests[lanes, 0, layout.LATENCY]
         return latency_s
+
+    def look(self, lanes: IntArray, rows: IntArray) -> FloatArray:
+        """See what would become of the requests at hand and of some that follow; nothing changes.
+
+        The world goes on as it will; after the last of these requests none comes any more.
+
+        Args:
+            lanes: any, also one several times.
+            rows: plan of the request at hand, then of each that follows, shape (lanes, requests); below 0 the planner
+                decides.
+
+        Returns:
+            Their latencies, shape (lanes, requests): inf without an answer, NaN beyond the episode's end.
+        """
+        looked_s = np.empty(rows.shape)
+        self._run(lanes, rows, run.LOOK, looked_s)
+        return looked_s
 
     def _blank(self, lanes: IntArray) -> None:
         self._lanes[lanes] = self._blank_lane
@@ -209,10 +228,12 @@ class Twin:
         self._world.requests[lanes, 0, layout.LATENCY] = np.nan
         self._world.requests[lanes, 0, layout.OUTCOME] = 0.0
 
-    def _run(self, lanes: IntArray, rows: IntArray, mode: int) -> tuple[BoolArray, IntArray]:
+    def _run(
+        self, lanes: IntArray, rows: IntArray, mode: int, looked_s: FloatArray = _NOT_LOOKED
+    ) -> tuple[BoolArray, IntArray]:
         is_over = np.zeros(len(lanes), dtype=np.bool_)
         count = run.run_lanes(
-            self._world, self._plans, self._lanes, self._states, lanes, rows, mode, is_over, self._ended
+            self._world, self._plans, self._lanes, self._states, lanes, rows, mode, is_over, self._ended, looked_s
         )
         return is_over, self._ended[:, :count]
 

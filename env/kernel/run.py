@@ -20,6 +20,7 @@ from env.kernel.layout import (
     DONE,
     DOWN,
     LANE,
+    LATENCY,
     LINKS,
     Lane,
     Plans,
@@ -48,6 +49,8 @@ from env.kernel.links import (
     NOWHERE,
 )
 from env.traces import GRID_S
+
+Array = Any
 
 # --- begin --------------------------------------------------------------------------------------------------------------
 
@@ -243,8 +246,53 @@ def _has_requests(s: Lane) -> bool:
     return False
 
 
-Array = Any
-STEP, BEGIN, PLAN = constants(3)
+@compiled
+def _follow(w: World, r: Plans, s: Lane, total_s: float, other: State, rows: Array) -> None:
+    """Start client 0's request at hand and those that follow, then wait until all have ended.
+
+    Args:
+        w: the lane's world.
+        r: its plans.
+        s: the lane.
+        total_s: latency that is predicted for the request at hand.
+        other: takes the states that are seen.
+        rows: plan of the request at hand and of each that follows; below 0 the planner decides.
+    """
+    first = s.next_request[0]
+    stop = min(first + len(rows), r.num_requests - 1)
+    submit(w, r, s, ZERO, rows[0], total_s)
+    while s.next_request[0] < stop or _has_requests(s):
+        at = earliest(s)
+        at_s, kind, what = s.event_s[at], s.event_kind[at], s.event_id[at]
+        is_valid = is_current(s, at)
+        remove(s, at)
+        if not is_valid:
+            continue
+        s.now_s = at_s
+        if kind != ARRIVAL:
+            _handle(w, r, s, kind, what)
+        elif s.next_request[what] < (stop if what == 0 else r.num_requests):
+            read_state(w, r, s, other, what)
+            row = weigh(r, other)
+            if what == 0 and rows[s.next_request[0] - first] >= 0:
+                row = rows[s.next_request[0] - first]
+            submit(w, r, s, what, row, other.total_s[row])
+
+
+STEP, BEGIN, PLAN, LOOK = constants(4)
+
+
+@compiled
+def _look(w: World, r: Plans, lanes: Array, states: Array, b: int, rows: Array, looked_s: Array) -> None:
+    lanes[-1] = lanes[b]
+    w.requests[-1] = w.requests[b]
+    s, requests = lanes[-1], w.requests[-1]
+    s.done_count = 0
+    first = s.next_request[0]
+    _follow(World(w.grid[b], w.background[b], requests), r, s, states[b].total_s[rows[0]], states[-1], rows)
+    for later in range(len(rows)):
+        is_there = first + later < r.num_requests - 1
+        looked_s[later] = requests[0, LATENCY, first + later] if is_there else math.nan
 
 
 @entry
@@ -258,20 +306,24 @@ def run_lanes(
     mode: int,
     is_over: Array,
     ended: Array,
+    looked_s: Array,
 ) -> int:
     """Run the chosen lanes. One function for all, so that everything is compiled once.
 
     Args:
-        w: worlds; arrays here have the lanes first.
+        w: worlds; arrays here have the lanes first, and requests and lanes one more than there are: to look ahead in.
         plans: records of `PLANS`.
-        lanes: records of `LANE`; blank ones unless the mode is `STEP`.
+        lanes: records of `LANE`; blank ones for `BEGIN` and `PLAN`.
         states: records of `STATE`, one more than lanes: the last is for the other clients.
         chosen: numbers of the lanes.
-        rows: plan of client 0's request at hand, for `STEP`.
+        rows: plan of client 0's request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of those that follow,
+            shape (chosen, how many), below 0 where the planner decides.
         mode: `STEP`: submit that request and go on to the next; `BEGIN`: go to the first; `PLAN`: run the whole
-            episode, the planner deciding for every client.
+            episode, the planner deciding for every client; `LOOK`: submit it in a copy of the lane and see what becomes
+            of it and of those that follow; the lane stays as it is.
         is_over: takes where the request now at hand is the last.
         ended: takes the place in `chosen` and the number of each of client 0's requests that ended.
+        looked_s: for `LOOK`, takes the latencies of the same requests.
 
     Returns:
         How many ended.
@@ -279,11 +331,14 @@ def run_lanes(
     num_ended = 0
     for at in range(len(chosen)):
         b = chosen[at]
+        if mode == LOOK:
+            _look(w, plans[b], lanes, states, b, rows[at], looked_s[at])
+            continue
         world = World(w.grid[b], w.background[b], w.requests[b])
         r, s, x = plans[b], lanes[b], states[b]
         s.done_count = 0
         if mode == STEP:
-            submit(world, r, s, ZERO, rows[at], x.total_s[rows[at]])
+            submit(world, r, s, ZERO, rows[at, 0], x.total_s[rows[at, 0]])
         else:
             _begin(world, r, s)
         is_over[at] = _advance(world, r, s, x, states[-1], mode == PLAN)
