@@ -47,7 +47,8 @@ class CandidateScorer(BaseFeaturesExtractor):
         context = self.from_context(observations["context"]).unsqueeze(1)
         hidden = torch.relu(self.mix(torch.relu(self.from_candidate(candidates) + context)))
         logits = LOGIT_PER_DECADE * candidates[..., OVER_BEST] + self.residual(hidden).squeeze(-1)
-        allowed = hidden * mask  # at least 0, so that what is masked never is the maximum
+        # The critic learns from what the actor sees, but does not shape it: its gradients are by far the longer ones.
+        allowed = hidden.detach() * mask  # at least 0, so that what is masked never is the maximum
         mean = allowed.sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
         return torch.cat([logits, mean, allowed.amax(dim=1)], dim=1)
 

@@ -63,6 +63,7 @@ class Episodes:
         self._site_of = np.zeros(num_lanes, dtype=np.int64)
         self._scenario_of = np.zeros(num_lanes, dtype=np.int64)
         self._reference_s = np.zeros((num_lanes, num_requests + 1))
+        self._number = np.zeros(num_lanes, dtype=np.int64)
         self._observations = blank_observations(num_lanes)
 
     def start(
@@ -83,6 +84,7 @@ class Episodes:
             self._twin.load(lane, self.sites[site], world)
         self._reference_s[lanes] = self._twin.plan(lanes)
         self._twin.begin(lanes)
+        self._number[lanes] = 0
         self._observe(lanes)
 
     def step(self, lanes: IntArray, actions: IntArray) -> tuple[FloatArray, BoolArray, Completed]:
@@ -93,6 +95,7 @@ class Episodes:
         """
         rows = np.where(actions < self._num_plans[self._site_of[lanes]], actions, 0)  # padding repeats the first plan
         is_over, (place, number) = self._twin.step(lanes, rows)
+        self._number[lanes] += 1
         self._observe(lanes)
         ended = lanes[place]
         latency_s, deadline_s, outcome = self._twin.requests(ended, number)
@@ -103,6 +106,37 @@ class Episodes:
         completed = Completed(place.copy(), number.copy(), latency_s, terms, outcome, deadline_s, reference_s)
         return rewards, is_over, completed
 
+    def look(self, actions: IntArray, horizon: int) -> FloatArray:
+        """See what actions would bring at the requests at hand, the planner deciding on those that follow.
+
+        Each is tried in a copy of its lane, whose world goes on as it will. Nothing changes.
+
+        Args:
+            actions: some for every lane, shape (lanes, A).
+            horizon: requests that follow.
+
+        Returns:
+            Terms of the request at hand and of those that follow, shape (lanes, A, 1 + horizon), 0 beyond the end of
+            the episode.
+        """
+        num_lanes, width = actions.shape
+        rows = np.full((actions.size, 1 + horizon), PLANNER_DECIDES)
+        rows[:, 0] = np.where(actions < self._num_plans[self._site_of][:, None], actions, 0).ravel()
+        lanes = np.repeat(np.arange(num_lanes), width)
+        latency_s = self._twin.look(lanes, rows)
+        is_there = ~np.isnan(latency_s)
+        numbers = np.minimum(self._number[lanes][:, None] + np.arange(1 + horizon), self.num_requests)
+        each = np.broadcast_to(lanes[:, None], numbers.shape)
+        deadline_s = self._twin.requests(each.ravel(), numbers.ravel())[1].reshape(numbers.shape)
+        terms = reward_terms(
+            np.where(is_there, latency_s, deadline_s),
+            deadline_s,
+            np.where(is_there, self._reference_s[each, numbers], deadline_s),
+            self._scale_s[self._site_of[lanes]][:, None],
+            self.excess_weight,
+        )
+        return terms.reshape(num_lanes, width, -1)
+
     def _observe(self, lanes: IntArray) -> None:
         """Encode what the lanes' devices know, site by site: the encoder's arrays belong to one problem."""
         of_lanes = self._site_of[lanes]
@@ -111,8 +145,7 @@ class Episodes:
             current = self._twin.known("current", rows)
             features = self._encoders[at].encode(
                 self._twin.state_arrays(self.sites[at], rows),
-                current=np.where(current < NUM_CANDIDATES, current, -1),
-                warm=self._twin.known("warm", rows)[:, :NUM_CANDIDATES],
+                current=np.where(current < NUM_CANDIDATES, current, -1),  # nodes do not tell which segments they hold
             )
             put_features(self._observations, rows, features)
 
@@ -142,5 +175,8 @@ class Episodes:
         """The best latency of the lane's site on idle nodes at nominal rates."""
         return float(self._scale_s[self._site_of[lane]])
 
+
+PLANNER_DECIDES = -1
+"""In the place of a plan's row, for `Twin.look`."""
 
 _PICK = 99

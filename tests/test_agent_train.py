@@ -39,7 +39,7 @@ def make_env():
 def tiny(out, **others):
     kept = {"models": ("random:2",), "held_out": (), "random_models": 0, "per_model": 1, "eval_scenarios": ("both",)}
     small = {"num_envs": 4, "n_steps": 8, "batch_size": 16, "epochs": 1, "hidden": 8, "num_requests": 6}
-    often = {"eval_every": 32, "save_every": 32, "eval_episodes": 1, "scenarios": ("both",)}
+    often = {"eval_every": 32, "save_every": 32, "eval_episodes": 1, "scenarios": ("both",), "rehearsal": 32}
     return TrainConfig(out=out, **(kept | small | often | {"steps": 96} | others))
 
 

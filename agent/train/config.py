@@ -14,7 +14,8 @@ HELD_OUT = ("timm:xception", "torchvision:googlenet", "torchvision:vgg16")
 
 _POSITIVE = (
     "per_model", "num_envs", "num_requests", "n_steps", "batch_size", "epochs", "hidden", "steps", "eval_every",
-    "eval_episodes", "save_every", "threads", "learning_rate", "grad_norm",
+    "eval_episodes", "save_every", "threads", "learning_rate", "grad_norm", "rehearsal_width", "rehearsal_horizon",
+    "rehearsal_epochs",
 )  # fmt: skip
 
 
@@ -60,6 +61,22 @@ class TrainConfig:
     num_requests: int = 128
     """Steps of an episode."""
 
+    # --- what it learns before it explores (agent/train/rehearse.py)
+    rehearsal: int = 300_000
+    """Decisions whose outcomes are looked up in the twin before the steps of PPO; 0: PPO begins as the planner."""
+
+    rehearsal_width: int = 6
+    """Plans that are tried for each of them, the planner's among them."""
+
+    rehearsal_horizon: int = 8
+    """Requests that follow, which the planner decides on."""
+
+    rehearsal_gamma: float = 0.9
+    """Discount of what each of those brings."""
+
+    rehearsal_epochs: int = 5
+    """How often each decision is learnt from."""
+
     # --- how it learns
     steps: int = 1_000_000
     """Decisions in all; rounded up to whole updates."""
@@ -94,8 +111,8 @@ class TrainConfig:
     entropy: float = 0.002
     """Weight of the entropy bonus."""
 
-    value_weight: float = 0.1
-    """Weight of the critic's loss. Returns spread by 2 to 3, so at 0.5 its gradient owns the layers that both share."""
+    value_weight: float = 0.5
+    """Weight of the critic's loss, whose gradients end at the layers that it shares with the actor."""
 
     grad_norm: float = 0.5
     """Longer gradients are cut to this length."""
@@ -137,10 +154,10 @@ class TrainConfig:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"expected --{name.replace('_', '-')} > 0, got {getattr(self, name)}")
-        for name in ("random_models", "seed", "hold", "entropy", "value_weight", "excess_weight"):
+        for name in ("random_models", "rehearsal", "seed", "hold", "entropy", "value_weight", "excess_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"expected --{name.replace('_', '-')} >= 0, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda", "clip"):
+        for name in ("gamma", "gae_lambda", "clip", "rehearsal_gamma"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"expected --{name.replace('_', '-')} within 0 and 1, got {getattr(self, name)}")
         self._check_choices()

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sb3_contrib import MaskablePPO
@@ -15,11 +15,12 @@ from agent.tables import loading
 from agent.train.buffer import CreditRolloutBuffer
 from agent.train.config import TrainConfig
 from agent.train.evaluate import Evaluator
+from agent.train.rehearse import rehearse
 from agent.train.state import State, load_config, load_state, save_config
 from agent.train.tell import Teller
 from agent.train.vecenv import TwinVecEnv
 from agent.train.watch import BEST, Watch
-from agent.train.worlds import describe_traces, training_worlds, validation_worlds
+from agent.train.worlds import Worlds, describe_traces, training_worlds, validation_worlds
 from env.vector import SplitInferenceVectorEnv
 
 
@@ -34,10 +35,13 @@ def run_train(config: TrainConfig) -> None:
     if config.resume:
         config = load_config(config)
     with loading("choosing plans for every site"):
-        env = make_env(config)
+        worlds = training_worlds(config)
+        env = make_env(config, worlds)
         evaluators = _evaluators(config)
     model = make_model(config, env)
     state = load_state(config.out, model) if config.resume else State()
+    if config.rehearsal and not config.resume:  # what can be gone on with was saved after it
+        state.rehearsal = rehearse(config, worlds, cast("CandidatePolicy", model.policy))
     save_config(config)
     env.seed(config.seed * 2**20 + state.steps // config.rollout)
     model.set_logger(configure(str(config.out / "tensorboard"), ["tensorboard"]))
@@ -66,9 +70,8 @@ def _say_end(config: TrainConfig, state: State, teller: Teller, total: int) -> N
         )
 
 
-def make_env(config: TrainConfig) -> TwinVecEnv:
+def make_env(config: TrainConfig, worlds: Worlds) -> TwinVecEnv:
     """Make what is learnt in."""
-    worlds = training_worlds(config)
     env = SplitInferenceVectorEnv(
         config.num_envs,
         scenario=tuple(worlds.scenarios.values()),

@@ -27,6 +27,8 @@ class State:
     curve: list[dict[str, Any]] = field(default_factory=list)
     """Every evaluation."""
     facts: Facts = field(default_factory=Facts)
+    rehearsal: dict[str, Any] = field(default_factory=dict)
+    """What `agent.train.rehearse` tells; empty before it, and where there was none."""
 
 
 def save_config(config: TrainConfig) -> None:
@@ -58,6 +60,7 @@ def save_state(folder: Path, model: BaseAlgorithm, state: State) -> None:
         "best_steps": state.best_steps,
         "curve": state.curve,
         "facts": state.facts.to_json(),
+        "rehearsal": state.rehearsal,
     }
     _write(folder / STATE_FILE, saved)
     for old in folder.glob("state-*.zip"):
@@ -86,6 +89,7 @@ def load_state(folder: Path, model: BaseAlgorithm) -> State:
         best_steps=saved["best_steps"],
         curve=saved["curve"],
         facts=Facts.from_json(saved["facts"]),
+        rehearsal=saved["rehearsal"],
     )
 
 

@@ -151,6 +151,7 @@ class Watch(BaseCallback):
         seen = self.state.facts.seen
         assert seen is not None
         facts = self.training_facts | {
+            "rehearsal": self.state.rehearsal,
             "steps": self.state.steps,
             "minutes": round(self.state.trained_s / 60.0, 1),
             "score": round(self.state.best_score, 5),
