@@ -273,8 +273,8 @@ class Book:
         latency: LatencyBreakdown | None = None,
     ) -> Ended:
         """Note the end of a request."""
-        latency, deadline, reference = (np.array([value]) for value in (latency_s, deadline_s, reference_s))
-        term = float(reward_terms(latency, deadline, reference, self._scale_s)[0])
+        ours, deadline, reference = (np.array([value]) for value in (latency_s, deadline_s, reference_s))
+        term = float(reward_terms(ours, deadline, reference, self._scale_s)[0])
         return Ended(
             number=number,
             plan=sent.plan,

@@ -78,7 +78,7 @@ class CreditRolloutBuffer(MaskableDictRolloutBuffer):
             np.add.at(self.rewards, (decided[is_here], lanes), terms)
         super().compute_returns_and_advantage(last_values, dones)
 
-    def get(  # type: ignore[override] - as SB3 itself declares it
+    def get(  # type: ignore[override]  # as SB3 itself declares it
         self, batch_size: int | None = None
     ) -> Generator[MaskableDictRolloutBufferSamples, None, None]:
         """Give the steps that do not wait, in random order."""
@@ -87,7 +87,7 @@ class CreditRolloutBuffer(MaskableDictRolloutBuffer):
         for start in range(0, len(order), batch_size or len(order)):
             yield self._get_samples(order[start : start + (batch_size or len(order))])
 
-    def _get_samples(  # type: ignore[override] - as SB3 itself declares it
+    def _get_samples(  # type: ignore[override]  # as SB3 itself declares it
         self, batch_inds: npt.NDArray[np.int64], env: Any = None
     ) -> MaskableDictRolloutBufferSamples:
         def take(rows: npt.NDArray[Any]) -> torch.Tensor:

@@ -164,7 +164,8 @@ def _predict(policy: CandidatePolicy, tried: Tried, rows: IntArray) -> torch.Ten
         "mask": torch.from_numpy(tried.mask[rows].astype(np.float32)),
     }
     logits = policy.features_extractor(observations)[:, :NUM_CANDIDATES]
-    picked = logits.gather(1, torch.from_numpy(tried.actions[rows].astype(np.int64))) / PLANNER_SCALE
+    actions = torch.from_numpy(tried.actions[rows].astype(np.int64))
+    picked: torch.Tensor = logits.gather(1, actions) / PLANNER_SCALE
     return picked - picked[:, :1]
 
 
@@ -174,7 +175,8 @@ def _loss(predicted: torch.Tensor, advantage: npt.NDArray[np.float32]) -> torch.
     is_known[:, 0] = False
     target = torch.from_numpy(np.clip(np.nan_to_num(advantage), -ADVANTAGE_MAX, ADVANTAGE_MAX))
     errors = nn.functional.smooth_l1_loss(predicted, target, reduction="none")
-    return (errors * is_known).sum() / is_known.sum().clamp(min=1)
+    loss: torch.Tensor = (errors * is_known).sum() / is_known.sum().clamp(min=1)
+    return loss
 
 
 def _assess(policy: CandidatePolicy, tried: Tried, rows: IntArray) -> dict[str, float]:
