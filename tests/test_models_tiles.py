@@ -12,7 +12,8 @@ from runtime.model.segment import Segment
 from runtime.model.tiles import TileSegment, assemble, slice_inputs
 from runtime.model.zoo import Model, load_model
 from runtime.planning.problem import make_stage
-from runtime.planning.tiles import TileChoice, TileNode, choose_tiles
+from runtime.planning.tile_search import TileChoice, choose_tiles
+from runtime.planning.tiles import TileNode
 from runtime.planning.tiling import find_spans, overlap_frac, plan_parts, plan_tiles, tile_flops
 from runtime.types import Tier
 from tests.nets import follow

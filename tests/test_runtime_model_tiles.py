@@ -25,11 +25,17 @@ DOUBLE_TOLERANCE = 1e-9
 """Largest difference allowed in double precision, relative to the largest value of the tensor."""
 
 
-def make_graph(module: nn.Module, example: torch.Tensor) -> tuple[LayerGraph, dict[str, torch.Tensor]]:
-    """A traced module in double precision, and the bits of all its values."""
-    module = module.double().eval()
-    graph = trace(Model("random", module, example.double(), None, example.shape[0], "factory"))
-    return graph, all_values(graph, admit(graph.spec, example.double()))
+FLOAT_TOLERANCE = 1e-4
+"""The same in single precision, where tiles take convolutions with weights laid out beforehand."""
+
+
+def make_graph(
+    module: nn.Module, example: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[LayerGraph, dict[str, torch.Tensor]]:
+    """A traced module in one precision, and the bits of all its values."""
+    module, example = module.to(dtype).eval(), example.to(dtype)
+    graph = trace(Model("random", module, example, None, example.shape[0], "factory"))
+    return graph, all_values(graph, admit(graph.spec, example))
 
 
 def assert_close(made: torch.Tensor, expected: torch.Tensor, tolerance: float = DOUBLE_TOLERANCE) -> None:
@@ -52,7 +58,8 @@ def try_tiling(graph: LayerGraph, span: TileSpan) -> Tiling | None:
 
 def check_tiles(graph: LayerGraph, values: Mapping[str, torch.Tensor], span: TileSpan) -> None:
     for name, made in run_tiled(graph, span, values).items():
-        assert_close(made, values[name])
+        tolerance = DOUBLE_TOLERANCE if values[name].dtype == torch.float64 else FLOAT_TOLERANCE
+        assert_close(made, values[name], tolerance)
 
 
 def check_dependence(
@@ -82,6 +89,17 @@ def cut(tensor: torch.Tensor, region: Region) -> torch.Tensor:
 SLOW = {"suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]}
 
 
+def check_random_net_in_single_precision(plan: list[Step], size: tuple[int, int], data: st.DataObject) -> None:
+    """Its numbers grow from layer to layer, so spans start from the true values of the layer before."""
+    graph, values = make_graph(RandomNet(plan, size), torch.randn(2, 3, *size), torch.float32)
+    stretches = find_spans(graph.spec)
+    assume(stretches)
+    for _ in range(8):
+        span = data.draw(tile_spans(graph.spec, data.draw(st.sampled_from(stretches))))
+        if try_tiling(graph, span) is not None:
+            check_tiles(graph, values, span)
+
+
 def check_random_net(plan: list[Step], size: tuple[int, int], data: st.DataObject, *, spans: int) -> None:
     graph, values = make_graph(RandomNet(plan, size), torch.randn(2, 3, *size))
     stretches = find_spans(graph.spec)
@@ -101,6 +119,26 @@ def check_random_net(plan: list[Step], size: tuple[int, int], data: st.DataObjec
 @given(steps(), st.tuples(st.integers(14, 30), st.integers(14, 30)), st.data())
 def test_random_nets_give_the_same_tiled_as_whole(plan: list[Step], size: tuple[int, int], data: st.DataObject) -> None:
     check_random_net(plan, size, data, spans=4)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@settings(max_examples=3, derandomize=True, **SLOW)
+@given(steps(), st.tuples(st.integers(14, 30), st.integers(14, 30)), st.data())
+def test_random_nets_with_weights_laid_out_beforehand_give_the_same(
+    plan: list[Step], size: tuple[int, int], data: st.DataObject
+) -> None:
+    check_random_net_in_single_precision(plan, size, data)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@settings(max_examples=200, **SLOW)
+@given(steps(), st.tuples(st.integers(14, 30), st.integers(14, 30)), st.data())
+def test_many_random_nets_in_single_precision_give_the_same_tiled_as_whole(
+    plan: list[Step], size: tuple[int, int], data: st.DataObject
+) -> None:
+    check_random_net_in_single_precision(plan, size, data)
 
 
 @pytest.mark.slow
@@ -232,6 +270,16 @@ def test_slicing_copies_nothing_and_the_whole_value_stays_as_it_was() -> None:
     assert sliced[name].untyped_storage().data_ptr() == values[name].untyped_storage().data_ptr()
     TileSegment(graph, tiling, 0).run(sliced)
     assert same_bits(values[name], before)
+
+
+def test_in_single_precision_tiles_lie_with_channels_innermost_and_so_does_what_is_put_together() -> None:
+    torch.manual_seed(0)
+    graph, values = make_graph(Mixed(), torch.randn(1, 3, 40, 36), torch.float32)
+    for stop in find_spans(graph.spec)[0].stops:
+        span = TileSpan(0, stop, (3,), ())
+        check_tiles(graph, values, span)
+        for tensor in run_tiled(graph, span, values).values():
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from runtime.errors import PlanError
 from runtime.planning.problem import make_stage
-from runtime.planning.tiles import TileChoice, TileNode, choose_tiles, cost_tiles, find_grids
+from runtime.planning.tile_search import TileChoice, choose_tiles, find_grids
+from runtime.planning.tiles import TileNode, cost_tiles
 from runtime.planning.tiling import find_spans, plan_tiles
 from runtime.types import GraphSpec, SpatialOp, Tier, TileSpan, Window
 from tests.graphs import chain

@@ -25,7 +25,8 @@ from runtime.model.segment import SegmentCache
 from runtime.model.zoo import Model, load_model
 from runtime.planning.policies.registry import load_policy
 from runtime.planning.problem import PlanningProblem, make_stage
-from runtime.planning.tiles import TileChoice, TileNode, choose_tiles
+from runtime.planning.tile_search import TileChoice, choose_tiles
+from runtime.planning.tiles import TileNode
 from runtime.planning.tiling import find_spans
 from runtime.presets import NodeEmulation
 from runtime.testbed.cluster import Cluster

@@ -4,7 +4,8 @@ A tile is a small `LayerGraph` of its own: operations whose padding lies inside 
 smaller region than it was made in is cropped, every shape and layout is the region's. So a tile runs as any segment
 does, with the same promises, on a node that was given nothing but the slices of the span's inputs.
 
-Equal to the whole span within rounding, not bit for bit: kernels choose their order of summation by the shape.
+Equal to the whole span within rounding, not bit for bit: kernels choose their order of summation by the shape. So other
+kernels may be used too: see `runtime.model.kernels`.
 """
 
 import threading
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 from runtime.errors import TensorMismatch
 from runtime.model.graph import LayerGraph
+from runtime.model.kernels import is_packable, pack_convolution
 from runtime.model.observe import Seen
 from runtime.model.program import Op, Ref, map_refs
 from runtime.model.segment import Segment
@@ -83,7 +85,7 @@ def assemble(graph: LayerGraph, tiling: Tiling, parts: Sequence[Mapping[str, tor
         parts: what every tile made, in the order of `tiling.tiles`.
 
     Returns:
-        What the span makes, on the graph's device, in the memory order of the whole model.
+        What the span makes, on the graph's device, in the memory order of the first part.
 
     Raises:
         TensorMismatch: when a part is missing or has another shape or dtype than its region.
@@ -93,12 +95,12 @@ def assemble(graph: LayerGraph, tiling: Tiling, parts: Sequence[Mapping[str, tor
     tensors = {value.name: value.tensor for value in graph.spec.values}
     whole = {}
     for name in tiling.stage.makes:
-        seen = graph.seen[name]
-        memory = torch.empty_strided(
-            tensors[name].shape, _dense_strides(seen, seen.shape), dtype=seen.dtype, device=graph.device
-        )
         for index, (tile, part) in enumerate(zip(tiling.tiles, parts, strict=True)):
             check_part(graph, tile, index, name, part)
+        first, shape = parts[0][name], tensors[name].shape
+        strides = _dense_strides(first.stride(), first.shape, shape)
+        memory = torch.empty_strided(shape, strides, dtype=first.dtype, device=graph.device)
+        for tile, part in zip(tiling.tiles, parts, strict=True):
             crop(memory, tile.outputs[name]).copy_(part[name])
         whole[name] = memory
     return whole
@@ -272,8 +274,21 @@ class _Writer:
             args: tuple[Any, ...] = (named["kernel_size"], named["stride"], both, named["dilation"], False)
             ops.append(Op(op.name, op.target, (source, *args), {}, op.module))
         else:
-            args = (named["weight"], named["bias"], named["stride"], both, named["dilation"], named["groups"])
-            ops.append(Op(op.name, torch.ops.aten.conv2d.default, (source, *args), {}, op.module))
+            ops.append(self._convolve(op, source, both, (rest[2] + rest[3], rest[0] + rest[1]), share))
+
+    def _convolve(self, op: Op, source: Ref, padding: list[int], padded: tuple[int, int], share: OpTile) -> Op:
+        """A convolution with its weights laid out beforehand, where that can be."""
+        named, constants = arguments(op), self.graph.constants
+        stride, dilation, groups = named["stride"], named["dilation"], named["groups"]
+        weight, bias = constants[named["weight"].name], named["bias"]
+        if not is_packable(weight.dtype, weight.device):
+            args = (source, named["weight"], bias, stride, padding, dilation, groups)
+            return Op(op.name, torch.ops.aten.conv2d.default, args, {}, op.module)
+        batch, (rows, cols) = self.graph.seen[op.name].shape[0], share.reads[0].size
+        shape = (batch, weight.shape[1] * groups, rows + padded[0], cols + padded[1])
+        bias = None if bias is None else constants[bias.name]
+        target = pack_convolution(weight, bias, pair(stride), padding, pair(dilation), groups, shape)
+        return Op(op.name, target, (source,), {}, op.module)
 
     def _average(self, op: Op, spatial: SpatialOp, share: OpTile, ops: list[Op]) -> Op:
         """An average whose divisor counts what it counts in the whole map."""
@@ -307,16 +322,22 @@ class _Writer:
         return Ref(name)
 
     def _note(self, name: str, like: str, region: Region) -> None:
-        """Note the layout of a region: dense, dimensions in the order that they have in the whole map."""
+        """Note the layout of a region: dense; channels innermost, or dimensions in their order in the whole map."""
         seen = self.graph.seen.get(like)
         if seen is not None:  # a tuple of maps has no layout of its own
             shape = (*seen.shape[:2], *region.size)
-            self.seen[name] = replace(seen, shape=shape, stride=_dense_strides(seen, shape), offset=0)
+            is_packed = is_packable(seen.dtype, self.graph.device)
+            order = _CHANNELS_INNERMOST if is_packed else seen.stride
+            self.seen[name] = replace(seen, shape=shape, stride=_dense_strides(order, seen.shape, shape), offset=0)
 
 
-def _dense_strides(seen: Seen, shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a tensor without gaps that keeps the order of dimensions that was seen."""
-    outermost_first = sorted(range(len(shape)), key=lambda dim: (-seen.stride[dim], -seen.shape[dim]))
+_CHANNELS_INNERMOST = (4, 1, 3, 2)
+"""Strides of maps (batch, channels, rows, columns), as far as their order goes."""
+
+
+def _dense_strides(order: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor without gaps that keeps the order of dimensions of one with these strides and sizes."""
+    outermost_first = sorted(range(len(shape)), key=lambda dim: (-order[dim], -sizes[dim]))
     strides = [1] * len(shape)
     step = 1
     for dim in reversed(outermost_first):

@@ -15,7 +15,8 @@ import numpy as np
 from runtime.errors import PlanError
 from runtime.planning.arrays import FloatArray, IntArray, Layout
 from runtime.planning.problem import ById, PlanningProblem, check_plan
-from runtime.planning.tiles import TileNode, choose_tiles, tile_seconds
+from runtime.planning.tile_search import choose_tiles
+from runtime.planning.tiles import TileNode, tile_seconds
 from runtime.planning.tiling import find_spans, plan_tiles, region_bytes, scale_lines
 from runtime.types import GraphSpec, Plan, Tier, TileSpan
 
