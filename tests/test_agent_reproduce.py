@@ -246,11 +246,11 @@ def test_d3s_tables_survive_a_rule_that_sends_nothing(tmp_path: Path) -> None:
 
 def test_d3s_gap_to_the_optimum_is_told_as_predicted_and_as_measured(tmp_path: Path) -> None:
     paper = D3Paper(QUICK_D3)
-    d3 = msgspec.structs.replace(make_run("d3", 0.24), predicted_s=0.22)
-    results = [make_result(cell, [d3, make_run("optimal", 0.2)]) for cell in paper.cells()]
+    hpa = msgspec.structs.replace(make_run("d3-hpa", 0.24), predicted_s=0.22)
+    results = [make_result(cell, [hpa, make_run("d3", 0.19), make_run("optimal", 0.2)]) for cell in paper.cells()]
     text = write_report(paper, results, tmp_path).read_text()
-    assert "| alexnet | 2 | 10.0 % | 10.0 % | 20.0 % | 20.0 % |" in text
-    assert "| all | 4 | 10.0 % | 10.0 % | 20.0 % | 20.0 % |" in text
+    assert "| d3-hpa | alexnet | 2 | 10.0 % | 10.0 % | 20.0 % | 20.0 % |" in text
+    assert "| d3 | all | 4 | -5.0 % | -5.0 % | -5.0 % | -5.0 % |" in text
 
 
 # --- whole --------------------------------------------------------------------------------------------------------------
