@@ -14,8 +14,12 @@ _USUAL_START = 32768
 """Where Linux starts to lend ports, unless told otherwise."""
 
 
+_PICKED: set[int] = set()
+"""A node takes its ports some time after they were picked: until then nothing but this keeps others off them."""
+
+
 def pick_address() -> str:
-    """A loopback address whose port and the next one are free now.
+    """A loopback address whose port and the next one are free now, and which was not picked before in this process.
 
     A port that the system chose would be lent to somebody's outgoing connection while its node is dead, and the node
     could not come back.
@@ -25,7 +29,8 @@ def pick_address() -> str:
     """
     for _ in range(ATTEMPTS):
         port = random.randrange(LOWEST, _first_borrowed() - 1, 2)
-        if _is_free(port) and _is_free(port + 1):
+        if port not in _PICKED and _is_free(port) and _is_free(port + 1):
+            _PICKED.add(port)
             return f"tcp://127.0.0.1:{port}"
     raise ClusterError(f"no two free ports from {LOWEST} on in {ATTEMPTS} attempts; end some programs")
 
