@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeAlias, Union
 import tyro
 
 from agent.config import (
+    CalibrateConfig,
     CheckConfig,
     InferConfig,
     KeysConfig,
@@ -33,6 +34,7 @@ Config: TypeAlias = (
     | CheckConfig
     | LayersConfig
     | MeasureConfig
+    | CalibrateConfig
     | KeysConfig
     | ReproduceConfig
     | TrainConfig
@@ -46,6 +48,7 @@ COMMANDS: dict[str, type[Config]] = {
     "check": CheckConfig,
     "layers": LayersConfig,
     "measure": MeasureConfig,
+    "calibrate": CalibrateConfig,
     "keys": KeysConfig,
     "reproduce": ReproduceConfig,
     "train": TrainConfig,
@@ -103,10 +106,8 @@ def run(command: Config) -> None:
             from agent.keys import run_keys
 
             run_keys(command)
-        case MeasureConfig():
-            from agent.measure import run_measure
-
-            run_measure(command)
+        case MeasureConfig() | CalibrateConfig():
+            _run_measurement(command)
         case ReproduceConfig() | TrainConfig():
             _run_experiment(command)
 
@@ -121,6 +122,18 @@ def _run_experiment(command: ReproduceConfig | TrainConfig) -> None:
         run_reproduce(command)
     else:
         run_train(command)
+
+
+def _run_measurement(command: MeasureConfig | CalibrateConfig) -> None:
+    match command:
+        case MeasureConfig():
+            from agent.measure import run_measure
+
+            run_measure(command)
+        case CalibrateConfig():
+            from agent.calibrate import run_calibrate
+
+            run_calibrate(command)
 
 
 def version() -> str:

@@ -261,6 +261,63 @@ class ReproduceConfig:
         return Path("runs") / f"reproduce-{self.paper}{suffix}" if self.out is None else self.out
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateConfig:
+    """Find out how far the twin's seconds are from the runtime's, here or in your own deployment, and write a correction.
+
+    Without --from-logs real processes on this machine run every model, emulated as slow as --slow-down says: first one
+    request at a time, to which the correction is fitted, then the worlds of every scenario, in which it is checked
+    against what was never fitted to. It takes minutes per model and scenario, and wants an idle machine.
+
+    With --from-logs the events of your own sessions take the place of the processes.
+    """
+
+    model: tuple[str, ...] = ("torchvision:resnet18",)
+    """Models: torchvision:NAME, timm:NAME or package.module:factory. With --from-logs the one that the log is of; its
+    profile must ship with Offcut."""
+
+    scenario: tuple[str, ...] = ("static", "both")
+    """Scenarios to check in: static, bandwidth, load, both, streaming, contention, outage, handover."""
+
+    slow_down: tuple[float, float, float] = (12.0, 4.0, 3.0)
+    """How many times slower than this machine the device, the edge node and the cloud pretend to be. From 3 on a node
+    really computes; a faster one replays a fixed sample after the time it would need."""
+
+    probes: int = 60
+    """Requests per model that the correction is fitted to."""
+
+    requests: int = 100
+    """Requests per model, scenario and seed that it is checked with."""
+
+    seeds: int = 2
+    """Worlds per model and scenario."""
+
+    from_logs: Path | None = None
+    """The events.jsonl of a session, or its folder, instead of running anything."""
+
+    out: Path = Path("correction.json")
+    """Where the correction goes; `env.correction.corrected` gives sites and scenarios with it."""
+
+    json: Path | None = None
+    """Write everything that was found to this file."""
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        for name in ("probes", "requests", "seeds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"expected --{name} >= 1, got {getattr(self, name)}")
+        if not self.model or not self.scenario:
+            raise ConfigError("expected at least one --model and one --scenario")
+        if self.from_logs is not None and len(self.model) != 1:
+            raise ConfigError(f"expected the one model that the log is of, got {len(self.model)}")
+        if min(self.slow_down) <= 0.0:
+            raise ConfigError(f"expected --slow-down of three numbers above 0, got {self.slow_down}")
+
+
 def _check_timeout(timeout_s: float) -> None:
     if not timeout_s > 0:
         raise ConfigError(f"expected --timeout-s > 0, got {timeout_s}")

@@ -152,12 +152,12 @@ class TwinBackend:
     """Its clock waits for every decision."""
 
     def start_world(self, site: int, world: World) -> None:
-        """Start an episode in a world at hand; it must hold `num_requests` + 1 requests."""
-        if world.num_requests != self._num_requests + 1:
-            raise ConfigError(f"expected a world of {self._num_requests + 1} requests, got {world.num_requests}")
+        """Start an episode in a world at hand, of `num_requests` + 1 requests or fewer."""
+        if not 2 <= world.num_requests <= self._num_requests + 1:
+            raise ConfigError(f"expected a world of 2 to {self._num_requests + 1} requests, got {world.num_requests}")
         self._book = self._books[site]
         self._twin.load(0, self._book.site, world)
-        self._reference_s = self._twin.plan(_LANE)[0, : self._num_requests].copy()
+        self._reference_s = self._twin.plan(_LANE)[0, : world.num_requests - 1].copy()
         self._twin.begin(_LANE)
         self._sent = []
         self._is_running = True

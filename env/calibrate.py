@@ -51,7 +51,7 @@ class Check:
     twin_s: float
     corrected_s: float  # the twin with the correction
     live_s: float
-    is_replayed: bool
+    is_replayed: bool = False
     """Some node replayed; the bar is for those that compute."""
 
     @property
@@ -96,15 +96,21 @@ def calibrate(
     Raises:
         OffcutError: when processes fail.
     """
+    backend = LiveBackend(sites, num_requests=max(_probes_per_rate(num_probes), num_requests))
     pairs: dict[str, list[tuple[Parts, Parts]]] = {}
-    for site in sites:
-        show(f"probing {site.site.name}")
-        pairs[site.site.name] = probe(site, num_probes)
-    correction = fit_correction([pair for of_model in pairs.values() for pair in of_model])
     checks = []
-    for site, scenario in itertools.product(sites, scenarios):
-        show(f"checking {site.site.name} in {scenario.kind}")
-        checks.append(check(site, scenario, correction, num_requests=num_requests, seeds=seeds))
+    try:
+        for at, site in enumerate(sites):
+            show(f"probing {site.site.name}")
+            pairs[site.site.name] = probe(backend, at, num_probes)
+        correction = fit_correction([pair for of_model in pairs.values() for pair in of_model])
+        for (at, site), scenario in itertools.product(enumerate(sites), scenarios):
+            show(f"checking {site.site.name} in {scenario.kind}")
+            is_replayed = any(node.emulate is not None and node.emulate.is_replay for node in site.deployment.nodes)
+            found = check(backend, at, scenario, correction, num_requests=num_requests, seeds=seeds)
+            checks.append(replace(found, is_replayed=is_replayed))
+    finally:
+        backend.close()
     return Calibration(
         correction, {name: component_errors(of_model) for name, of_model in pairs.items()}, tuple(checks)
     )
@@ -113,25 +119,26 @@ def calibrate(
 # --- probes -------------------------------------------------------------------------------------------------------------
 
 
-def probe(site: LiveSite, count: int) -> list[tuple[Parts, Parts]]:
-    """Run one request at a time, under every kind of plan in turn: worked out and measured parts.
+def probe(backend: LiveBackend, at: int, count: int) -> list[tuple[Parts, Parts]]:
+    """Run one request at a time at a site, under every kind of plan in turn: worked out and measured parts.
 
     Requests that the device completed itself tell nothing and are left out.
     """
-    plans, tier_of = _kinds_of_plans(site.site), tiers_of(site.site)
-    per_rate = max(count // len(PROBE_RATES_BPS), 1)
-    backend, out = LiveBackend([site], num_requests=per_rate), []
-    try:
-        for rate_bps in PROBE_RATES_BPS:
-            world = _still_world(site.site, plans, rate_bps, per_rate + 1)
-            backend.start_world(0, world)
-            for ended in _play(backend, [plans[at % len(plans)] for at in range(per_rate)]):
-                if ended.outcome in ("remote", "device") and ended.latency is not None:
-                    worked = work_out(site.site, world, ended.plan)
-                    out.append((parts_of(worked, tier_of), parts_of(ended.latency, tier_of)))
-    finally:
-        backend.close()
+    site, out = backend.sites[at], []
+    plans, tier_of = _kinds_of_plans(site), tiers_of(site)
+    per_rate = _probes_per_rate(count)
+    for rate_bps in PROBE_RATES_BPS:
+        world = _still_world(site, plans, rate_bps, per_rate + 1)
+        backend.start_world(at, world)
+        for ended in _play(backend, [plans[number % len(plans)] for number in range(per_rate)]):
+            if ended.outcome in ("remote", "device") and ended.latency is not None:
+                worked = work_out(site, world, ended.plan)
+                out.append((parts_of(worked, tier_of), parts_of(ended.latency, tier_of)))
     return out
+
+
+def _probes_per_rate(count: int) -> int:
+    return max(count // len(PROBE_RATES_BPS), 1)
 
 
 def work_out(site: Site, world: World, plan: Plan) -> LatencyBreakdown:
@@ -188,35 +195,31 @@ def _still_world(site: Site, plans: Sequence[Plan], rate_bps: float, count: int)
 
 
 def check(
-    site: LiveSite, scenario: Scenario, correction: Correction, *, num_requests: int, seeds: Sequence[int]
+    live: LiveBackend, at: int, scenario: Scenario, correction: Correction, *, num_requests: int, seeds: Sequence[int]
 ) -> Check:
     """Run the planner's plans of the twin through the twin, the corrected twin and the runtime."""
-    plain = TwinBackend([site.site], num_requests=num_requests)
-    corrected = TwinBackend([correction.site(site.site)], num_requests=num_requests)
-    live = LiveBackend([site], num_requests=num_requests)
+    site = live.sites[at]
+    plain = TwinBackend([site], num_requests=num_requests)
+    corrected = TwinBackend([correction.site(site)], num_requests=num_requests)
     twin_s: list[float] = []
     corrected_s: list[float] = []
     live_s: list[float] = []
-    try:
-        for seed in seeds:
-            world = playable(site.site, scenario.world(site.site, seed, num_requests + 1))
-            plain.start_world(0, world)
-            plans, ended = _play_planner(plain)
-            twin_s += _counted(ended)
-            corrected.start_world(0, correction.world(site.site, world))
-            corrected_s += _counted(_play(corrected, plans))
-            live.start_world(0, world)
-            live_s += _counted(_play(live, plans))
-    finally:
-        live.close()
+    for seed in seeds:
+        world = playable(site, scenario.world(site, seed, num_requests + 1))
+        plain.start_world(0, world)
+        plans, ended = _play_planner(plain)
+        twin_s += _counted(ended)
+        corrected.start_world(0, correction.world(site, world))
+        corrected_s += _counted(_play(corrected, plans))
+        live.start_world(at, world)
+        live_s += _counted(_play(live, plans))
     return Check(
-        model=site.site.name,
+        model=site.name,
         scenario=scenario.kind,
         count=len(live_s),
         twin_s=float(np.median(twin_s)),
         corrected_s=float(np.median(corrected_s)),
         live_s=float(np.median(live_s)),
-        is_replayed=any(node.emulate is not None and node.emulate.is_replay for node in site.deployment.nodes),
     )
 
 

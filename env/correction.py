@@ -161,6 +161,13 @@ class CorrectedScenario:
         return self.correction.world(site, self.plain.world(site, seed, num_requests))
 
 
+def corrected(
+    correction: Correction, sites: Sequence[Site], scenarios: Sequence[Scenario]
+) -> tuple[tuple[Site, ...], tuple[Scenario, ...]]:
+    """Sites and scenarios of a corrected twin: what its environments are made with, instead of the plain ones."""
+    return tuple(map(correction.site, sites)), tuple(CorrectedScenario(one, correction) for one in scenarios)
+
+
 def fit_correction(pairs: Sequence[tuple[Parts, Parts]]) -> Correction:
     """Fit a correction to requests that were both worked out and measured.
 

@@ -112,7 +112,7 @@ class LiveBackend:
         self.start_world(site, scenario.world(self.sites[site], seed, self.num_requests + 1))
 
     def start_world(self, site: int, world: World) -> None:
-        """Start an episode in a world at hand; it must hold `num_requests` + 1 requests.
+        """Start an episode in a world at hand, of `num_requests` + 1 requests or fewer.
 
         Raises:
             OffcutError: as `start`.

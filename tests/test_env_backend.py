@@ -89,6 +89,7 @@ def test_bytes_follow_the_plan():
     ]
     ended = [one for plan in plans for one in backend.step(plan)[1]]
     assert [one.plan for one in ended] == plans
+    assert {one.latency for one in ended} == {None}
     assert [(one.uplink_bytes, one.backbone_bytes) for one in ended] == [
         (INPUT_BYTES, 0),
         (CUT_BYTES, CUT_BYTES + RESULT_BYTES),
@@ -126,4 +127,4 @@ def test_misuse_is_refused_by_name_and_costs_no_request():
     with pytest.raises(ConfigError, match="start"):
         backend.step(Plan.split(layers, 0, 0))
     with pytest.raises(ConfigError, match="3 requests"):
-        backend.start_world(0, still_world(SITES[1], [1.0, 2.0]))
+        backend.start_world(0, still_world(SITES[1], [1.0, 2.0, 3.0, 4.0]))

@@ -1,18 +1,15 @@
 """Corrections and logs without any process: what is put into a deployment's events must be found again."""
 
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 
 from env.backend import TwinBackend
 from env.correction import (
-    CorrectedScenario,
     Correction,
     component_errors,
+    corrected,
     fit_correction,
     parts_of,
     read_correction,
@@ -21,73 +18,29 @@ from env.correction import (
 from env.log_scenario import LogScenario, site_from_log
 from env.logs import SESSION_GAP_S, read_log
 from env.scenario import SyntheticScenario
-from env.site import make_site
+from env.site import Site
 from env.split_inference import SplitInferenceEnv
-from runtime.device.telemetry import EVENTS_FILE, Event, EventLog
+from runtime.device.telemetry import EVENTS_FILE
 from runtime.errors import ConfigError
 from runtime.planning.cost import estimate
 from runtime.profiles.shipped import load_shipped_profile
-from runtime.types import LatencyBreakdown, Plan
+from runtime.types import Plan
+from tests.logged import COUNT, EDGE_FACTOR, MESSAGE_S, MODEL, logged_site, write_log
 from tests.sites import EDGE_S, still_world, toy_site
 
 pytestmark = pytest.mark.timeout(600)  # the first use after a change of the dynamics compiles them
 
-MODEL = load_shipped_profile("torchvision:alexnet")
-COUNT = 40
-EDGE_FACTOR, MESSAGE_S = 1.25, 0.003
 
-
-def slower(latency: LatencyBreakdown, site) -> LatencyBreakdown:
-    """The same request where edge nodes are slower than they say, and messages cost more."""
-    edges = {node.name for node in site.problem.deployment.edges}
-    compute = {name: s * (EDGE_FACTOR if name in edges else 1.0) for name, s in latency.compute_s.items()}
-    more_s = MESSAGE_S * len(latency.transfer_s)
-    total_s = latency.total_s + sum(compute.values()) - sum(latency.compute_s.values()) + more_s
-    return replace(latency, compute_s=compute, other_s=latency.other_s + more_s, total_s=total_s, source="measured")
+@pytest.fixture(scope="module")
+def site() -> Site:
+    return logged_site()
 
 
 @pytest.fixture(scope="module")
-def site():
-    return make_site(MODEL.spec, MODEL.graph, MODEL.profile, np.random.default_rng(3), input_kind="image")
-
-
-@pytest.fixture(scope="module")
-def folder(site, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The log of a session in a world of the twin."""
     folder = tmp_path_factory.mktemp("log")
-    backend, log = TwinBackend([site], num_requests=COUNT), EventLog(folder)
-    backend.start(0, SyntheticScenario("both"), 2)
-    for number in range(COUNT):
-        state, plan = backend.state(), site.candidates.plans[number % site.candidates.num_plans]
-        predicted = estimate(site.problem, plan, state)
-        log.write(
-            Event(
-                request=number,
-                arrived_after_s=backend.time_s,
-                model_id="one",
-                policy="planner",
-                plan=plan.describe(),
-                tiers="".join(str(int(tier)) for tier in plan.tiers),
-                edge_nodes=plan.edge_nodes,
-                tiles=(),
-                codec=plan.codec,
-                state=state,
-                predicted=predicted,
-                measured=slower(predicted, site),
-                outcome="remote",
-                reason="",
-                deadline_met=True,
-                is_protected=True,
-            )
-        )
-        backend.step(plan)
-    log.close()
-    path, now = folder / EVENTS_FILE, datetime(2026, 1, 1, tzinfo=UTC)
-    events = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
-    for event in events:  # as if it had been written when the request ended
-        ended_s = event["arrived_after_s"] + event["measured"]["total_s"]
-        event["at"] = (now + timedelta(seconds=ended_s)).isoformat(timespec="milliseconds")
-    path.write_bytes(b"\n".join(map(msgspec.json.encode, events)) + b"\n")
+    write_log(folder, site)
     return folder
 
 
@@ -130,9 +83,8 @@ def test_a_scenario_of_a_log_plays_what_was_read_and_runs_in_the_environment(fol
     assert bps.min() * 0.999 <= played.min() <= played.max() <= bps.max() * 1.001
     assert len(instants_s) == len(np.unique(instants_s))
     correction = log.correction()
-    e = SplitInferenceEnv(
-        sites=[correction.site(site)], scenario=CorrectedScenario(scenario, correction), num_requests=9
-    )
+    sites, scenarios = corrected(correction, [site], [scenario])
+    e = SplitInferenceEnv(sites=sites, scenario=scenarios, num_requests=9)
     e.reset(seed=1)
     rewards = [e.step(np.int64(0))[1] for _ in range(9)]
     assert np.isfinite(rewards).all()
