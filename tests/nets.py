@@ -141,7 +141,9 @@ def follow(graph: GraphSpec, tiling: Tiling, tile: int, axis: int) -> dict[str, 
     need = {name: set(range(*(region.rows, region.cols)[axis])) for name, region in outputs.items()}
     for op in reversed(ops):
         for name in op.reads:
-            found = {x for i in need[op.name] for x in taps(op.windows[axis], i, sizes[name][axis])}
+            window, length = op.windows[axis], sizes[name][axis]
+            is_broadcast = length == 1 and window == Window()  # a gate: its one position is read for all
+            found = {x for i in need[op.name] for x in taps(window, 0 if is_broadcast else i, length)}
             need[name] = need.get(name, set()) | found
     return need
 
