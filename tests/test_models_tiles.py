@@ -9,7 +9,7 @@ import torch
 from runtime.model.graph import LayerGraph, trace
 from runtime.model.inputs import admit
 from runtime.model.segment import Segment
-from runtime.model.tiles import TileSegment, assemble, slice_inputs
+from runtime.model.tiles import TileSegment, assemble, run_tiled, slice_inputs
 from runtime.model.zoo import Model, load_model
 from runtime.planning.problem import make_stage
 from runtime.planning.tile_search import TileChoice, choose_tiles
@@ -35,9 +35,13 @@ MODELS = [
     *(pytest.param(name, marks=(pytest.mark.slow, pytest.mark.timeout(1200))) for name in SLOW),
 ]
 
-TOLERANCE = 1e-3
+TOLERANCE = 3e-3
 """Largest error allowed behind tiled spans in float32, relative to the largest value of the tensor. Inception-v4, the
-deepest, comes to 3e-4 behind forty spans (6e-13 in double precision), the others to 4e-5 at most."""
+deepest, comes to 1.1e-3 behind forty spans (6e-13 in double precision): each span adds what SPAN_TOLERANCE says, and
+the layers behind it make more of it."""
+
+SPAN_TOLERANCE = 2e-5
+"""The same behind one tiled span that is given the whole model's own values."""
 
 FLOPS_PER_S = 20e9
 RATES_BPS = (1e8, 1e9, 1e10)
@@ -78,8 +82,10 @@ class Case:
             for index, tile in enumerate(part.tiling.tiles):
                 made.append(TileSegment(self.graph, part.tiling, index).run(slice_inputs(given, tile.inputs)))
             values |= assemble(self.graph, part.tiling, made)
+            alone = run_tiled(self.graph, part.tiling.span, reference)
             for name in part.stage.makes:
                 assert error(values[name], reference[name]) <= TOLERANCE, f"{name} in {part.tiling.span}"
+                assert error(alone[name], reference[name]) <= SPAN_TOLERANCE, f"{name} in {part.tiling.span}"
         return values[spec.outputs[0]]
 
 
