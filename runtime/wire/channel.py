@@ -317,9 +317,10 @@ class Hub:
         """
         if self._is_closed:
             raise TransportError(f"hub {self.name!r} is closed; open a new one")
-        deadline_s = self._clock() + timeout_s
+        now_s = self._clock()
+        deadline_s = now_s + timeout_s
         while True:
-            wait_s = 0.0 if self._events else min(deadline_s, self._tick_s) - self._clock()
+            wait_s = 0.0 if self._events else min(deadline_s, self._tick_s) - now_s
             self._sockets.serve(min(max(wait_s, 0.0), _MAX_WAIT_S))
             # After reading: whoever wrote while we were busy elsewhere has not been silent.
             now_s = self._clock()
@@ -399,12 +400,12 @@ class Hub:
 
     def _watch_door(self, door: Door, control: Router, data: Router) -> None:
         def read_control() -> None:
-            (sender, *parts), nbytes, _ = control.receive()
-            door.hear(bytes(sender), parts, nbytes, self._clock())
+            sender, parts, nbytes, _ = control.receive_from()
+            door.hear(sender, parts, nbytes, self._clock())
 
         def read_data() -> None:
-            (sender, *parts), nbytes, is_spoilt = data.receive()
-            door.hear_data(bytes(sender), parts, nbytes, self._clock(), is_spoilt=is_spoilt)
+            sender, parts, nbytes, is_spoilt = data.receive_from()
+            door.hear_data(sender, parts, nbytes, self._clock(), is_spoilt=is_spoilt)
 
         self._sockets.watch(control.socket, read_control)
         self._sockets.watch(data.socket, read_data)
@@ -416,7 +417,7 @@ class Hub:
                 pass
 
 
-def _session(peer: Peer) -> _Line | Guest:
-    if not isinstance(peer, _Line | Guest):
-        raise TypeError(f"expected a peer of this hub, got {peer!r}")
-    return peer
+def _session(peer: Peer) -> Session:
+    if type(peer) is _Line or type(peer) is Guest:
+        return peer
+    raise TypeError(f"expected a peer of this hub, got {peer!r}")

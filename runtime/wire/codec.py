@@ -16,8 +16,9 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from numcodecs import blosc
 
@@ -57,6 +58,7 @@ _NUMPY_DTYPES = frozenset(
     (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 )
 """Those whose memory numpy can show as bytes directly; the others go through a view, which costs more."""
+_NUMPY_NAMES: dict[str, str] = {np.dtype(_DTYPE_NAMES[dtype]).char: _DTYPE_NAMES[dtype] for dtype in _NUMPY_DTYPES}
 
 _HALF_MAX = torch.finfo(torch.float16).max
 _INT8_STEPS = 255
@@ -86,6 +88,8 @@ def encode(name: str, tensor: torch.Tensor, codec: str) -> tuple[TensorHeader, B
         ConfigError: if the codec is unknown.
         ProtocolError: if the wire has no name for the tensor's dtype or layout.
     """
+    if codec == "raw" and (plain := _show_plain(name, tensor)) is not None:
+        return plain
     encoder = _ENCODERS.get(codec)
     if encoder is None:
         raise ConfigError(f"expected a codec among {tuple(_ENCODERS)}, got {codec!r}; AutoCodec decides for 'auto'")
@@ -115,8 +119,34 @@ def decode(header: TensorHeader, frame: Buffer, limits: Limits) -> torch.Tensor:
     view = memoryview(frame)
     if header.frame_bytes != len(view):
         raise _bad(header, f"a frame of {header.frame_bytes} bytes, as announced", str(len(view)))
-    flat = layout.decode(header, view, layout)
-    return flat.as_strided(header.shape, layout.strides)
+    return layout.decode(header, view, layout)
+
+
+def _show_plain(name: str, tensor: torch.Tensor) -> tuple[TensorHeader, Buffer] | None:
+    """Give header and memory of a tensor that can go as it lies there; None for one that needs more than that.
+
+    The usual case in the fewest steps: between two messages of some hundred KB nothing of this is left in the processor's
+    caches, and then each call into torch costs several microseconds.
+    """
+    try:
+        array = tensor.numpy()
+    except (
+        RuntimeError,
+        TypeError,
+    ):  # gradients, a lazy sign or conjugate, another device or layout, torch's own dtypes
+        return None
+    header = _plain_header(name, array.dtype.char, array.shape, array.strides)
+    return None if header is None else (header, array.data.cast("B"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain_header(name: str, char: str, shape: tuple[int, ...], byte_strides: tuple[int, ...]) -> TensorHeader | None:
+    dtype = _NUMPY_NAMES.get(char)
+    if dtype is None or not shape or 0 in shape:
+        return None
+    itemsize = _DTYPES[dtype].itemsize
+    order, is_plain = _order(shape, tuple(stride // itemsize for stride in byte_strides))
+    return TensorHeader(name, shape, dtype, order, "raw", math.prod(shape) * itemsize) if is_plain else None
 
 
 def dim_order(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -211,9 +241,16 @@ class _Layout:
 
     decode: "_Decoder"
     dtype: torch.dtype
+    shape: tuple[int, ...]
     size: int
     frame_bytes: int  # of every codec but lossless
     strides: tuple[int, ...]
+    array_dtype: "np.dtype[Any] | None"  # None: not numpy's, or there are no elements
+    byte_strides: tuple[int, ...]
+
+    def arrange(self, flat: torch.Tensor) -> torch.Tensor:
+        """Give the elements, in the order of memory, their shape."""
+        return flat.as_strided(self.shape, self.strides)
 
 
 _Decoder: TypeAlias = Callable[[TensorHeader, memoryview, _Layout], torch.Tensor]
@@ -227,8 +264,12 @@ def _from_buffer(view: memoryview, dtype: torch.dtype) -> torch.Tensor:
 
 def _decode_raw(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
     _check_length(header, view, layout)
-    flat = _from_buffer(view, layout.dtype)
-    return _check_bool(header, flat) if layout.dtype is torch.bool else flat
+    if layout.array_dtype is None:
+        return layout.arrange(_from_buffer(view, layout.dtype))
+    memory = bytearray(view) if view.readonly else view
+    # Shaped by numpy, not by torch: one call into torch in place of two.
+    tensor = torch.from_numpy(np.ndarray(layout.shape, layout.array_dtype, memory, 0, layout.byte_strides))
+    return _check_bool(header, tensor) if layout.dtype is torch.bool else tensor
 
 
 def _decode_lossless(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
@@ -238,12 +279,12 @@ def _decode_lossless(header: TensorHeader, view: memoryview, layout: _Layout) ->
         blosc.decompress(view, flat.view(torch.uint8).numpy())
     except (RuntimeError, ValueError) as error:
         raise _bad(header, "a frame that can be unpacked", str(error)) from error
-    return _check_bool(header, flat) if layout.dtype is torch.bool else flat
+    return layout.arrange(_check_bool(header, flat) if layout.dtype is torch.bool else flat)
 
 
 def _decode_fp16(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
     _check_length(header, view, layout)
-    return _from_buffer(view, torch.float16).to(layout.dtype)
+    return layout.arrange(_from_buffer(view, torch.float16).to(layout.dtype))
 
 
 def _decode_int8(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
@@ -252,7 +293,7 @@ def _decode_int8(header: TensorHeader, view: memoryview, layout: _Layout) -> tor
     _check_length(header, view, layout)
     codes = _from_buffer(view, torch.uint8)
     wide = codes.to(torch.float64 if layout.dtype is torch.float64 else torch.float32)
-    return wide.mul_(header.scale).add_(header.zero).to(layout.dtype)
+    return layout.arrange(wide.mul_(header.scale).add_(header.zero).to(layout.dtype))
 
 
 _ENCODERS: dict[str, Callable[[torch.Tensor], _Coded]] = {
@@ -315,7 +356,17 @@ def _make_layout(
     if itemsize and not dtype.is_floating_point:
         raise _BadLayout(f"a floating dtype with codec {codec}", dtype_name)
     size = math.prod(shape)
-    return _Layout(decoder, dtype, size, size * (itemsize or dtype.itemsize), _strides(shape, order))
+    strides = _strides(shape, order)
+    return _Layout(
+        decode=decoder,
+        dtype=dtype,
+        shape=shape,
+        size=size,
+        frame_bytes=size * (itemsize or dtype.itemsize),
+        strides=strides,
+        array_dtype=np.dtype(dtype_name) if size and dtype in _NUMPY_DTYPES else None,
+        byte_strides=tuple(stride * dtype.itemsize for stride in strides),
+    )
 
 
 def _check_length(header: TensorHeader, view: memoryview, layout: _Layout) -> None:
@@ -336,11 +387,11 @@ def _check_blosc(header: TensorHeader, view: memoryview, nbytes: int) -> None:
         raise _bad(header, "zstd inside the frame", f"format {flags >> 5}")
 
 
-def _check_bool(header: TensorHeader, flat: torch.Tensor) -> torch.Tensor:
+def _check_bool(header: TensorHeader, tensor: torch.Tensor) -> torch.Tensor:
     """Refuse a bool that is neither 0 nor 1: torch counts such a byte once here and twice there, then writes too far."""
-    if flat.numel() and int(flat.view(torch.uint8).max()) > 1:
+    if tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
         raise _bad(header, "bytes 0 and 1 in a bool tensor", "another byte")
-    return flat
+    return tensor
 
 
 # --- codec auto -----------------------------------------------------------------------------------------------------

@@ -1,9 +1,14 @@
-"""What the wire tells its owner, and the records both share. No sockets here: a pure state machine may import it."""
+"""What the wire tells its owner, and the records both share. No sockets here: a pure state machine may import it.
+
+Records of which every message makes one are structs, not dataclasses: those are built by an interpreted `__init__`.
+"""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
+
+import msgspec
 
 from runtime.errors import HandshakeError
 from runtime.wire.messages import ControlMessage, Hello, Result, Submit, Welcome
@@ -141,16 +146,14 @@ class Left:
 # --- messages -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     """A control message for the owner: everything but handshake, pings and acknowledgements."""
 
     peer: Peer
     message: ControlMessage
 
 
-@dataclass(frozen=True, slots=True)
-class ReceivedData:
+class ReceivedData(msgspec.Struct, frozen=True):
     """A data message has arrived whole, and was acknowledged."""
 
     peer: Peer
@@ -159,8 +162,7 @@ class ReceivedData:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Delivered:
+class Delivered(msgspec.Struct, frozen=True):
     """A data message that we sent has arrived whole at the peer."""
 
     peer: Peer

@@ -9,8 +9,9 @@ still be withdrawn, and every acknowledgement measures the link:
 import math
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+import msgspec
 
 from runtime.types import LinkSample, LinkState
 from runtime.wire.messages import LinkReport
@@ -152,8 +153,7 @@ def from_report(report: LinkReport, source: str, *, extra_age_s: float = 0.0) ->
     )
 
 
-@dataclass(slots=True, eq=False)
-class Outgoing(Generic[Payload]):
+class Outgoing(msgspec.Struct, Generic[Payload], eq=False):
     """One message in the queue or in flight."""
 
     tag: Hashable
@@ -194,7 +194,7 @@ class Uplink(Generic[Payload]):
     def backlog_bytes(self) -> int:
         """Bytes ahead of a message pushed now. How far the one in flight has come is not known: it counts whole."""
         flying = 0 if self._in_flight is None else self._in_flight.nbytes
-        return flying + sum(item.nbytes for item in self._queue)
+        return flying + sum(item.nbytes for item in self._queue) if self._queue else flying
 
     def push(self, tag: Hashable, nbytes: int, payload: Payload, now_s: float) -> None:
         """Put a message at the end of the queue."""

@@ -4,6 +4,7 @@ Control messages travel as one frame. Data messages travel as a header frame (`E
 zero copy. Times are ages or durations, never timestamps: no two machines share a clock.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -213,10 +214,8 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     body: DataMessage
 
 
-def encode(message: Any) -> bytes:
-    """Encode a control message or an `Envelope` as msgpack."""
-    return msgspec.msgpack.encode(message)
-
+encode: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
+"""Encodes a control message or an `Envelope` as msgpack."""
 
 CONTROL_DECODER: msgspec.msgpack.Decoder[ControlMessage] = msgspec.msgpack.Decoder(ControlMessage)
 ENVELOPE_DECODER: msgspec.msgpack.Decoder[Envelope] = msgspec.msgpack.Decoder(Envelope)

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from runtime.errors import ProtocolError
@@ -13,8 +13,7 @@ from runtime.wire.events import Buffer, Limits
 from runtime.wire.messages import TensorHeader
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(msgspec.Struct, frozen=True):
     """Headers and frames of one tensor set, in one order, and the seconds that coding took."""
 
     headers: tuple[TensorHeader, ...] = ()
@@ -66,6 +65,6 @@ def unpack(packed: Packed, expected: Sequence[str], limits: Limits) -> dict[str,
         ProtocolError: when the set is not the expected one, or a tensor breaks a cap.
     """
     got = [header.name for header in packed.headers]
-    if sorted(got) != sorted(expected):
+    if got != expected and sorted(got) != sorted(expected):
         raise ProtocolError(f"expected the tensors {sorted(expected)}, got {sorted(got)}")
     return {h.name: decode(h, f, limits) for h, f in zip(packed.headers, packed.frames, strict=True)}

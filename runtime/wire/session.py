@@ -12,7 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -43,7 +43,7 @@ _PINGS_KEPT = 8
 Message = TypeVar("Message")
 
 
-class Payload(NamedTuple):
+class Payload(msgspec.Struct, frozen=True):
     """What a queued data message consists of."""
 
     body: Submit | Result | Probe
@@ -166,7 +166,7 @@ class Session(Peer, ABC):
             ProtocolError: if it is malformed, or not a message that this peer may send.
         """
         self._heard_s = now_s
-        if not parts or parts[0].nbytes > self.limits.control_bytes:
+        if not parts or len(parts[0]) > self.limits.control_bytes:
             raise ProtocolError(f"expected a header of at most {self.limits.control_bytes} bytes first")
         envelope = decode(ENVELOPE_DECODER, parts[0])
         if envelope.sequence <= INTRODUCTION:
@@ -202,7 +202,7 @@ class Session(Peer, ABC):
         if item is None:
             return
         transfer_s = self.meter.add_transfer(item.nbytes, item.started_s, now_s)
-        if not item.is_withdrawn and not isinstance(item.payload.body, Probe):
+        if not item.is_withdrawn and type(item.payload.body) is not Probe:
             self.emit(Delivered(self, item.tag, item.nbytes, transfer_s, item.waited_s))
         self.pump(now_s)
 
@@ -226,16 +226,17 @@ class Session(Peer, ABC):
             self.uplink.postpone()
 
     def _launch(self, item: Outgoing[Payload]) -> bool:
-        body, frames, frame_bytes = item.payload
-        if isinstance(body, Submit):
+        payload = item.payload
+        body = payload.body
+        if type(body) is Submit and item.waited_s:
             # The deadline went on while the request stood in our queue.
             body = msgspec.structs.replace(body, remaining_s=body.remaining_s - item.waited_s)
-        header = encode(Envelope(sequence=item.sequence, body=body))
-        item.nbytes = len(header) + frame_bytes
-        if not self.transmit([header, *frames]):
+        header = encode(Envelope(item.sequence, body))
+        item.nbytes = len(header) + payload.frame_bytes
+        if not self.transmit([header, *payload.frames]):
             return False
         self._sent_bytes += item.nbytes
-        if isinstance(body, Probe):
+        if type(body) is Probe:
             self._probe_bytes += item.nbytes
         return True
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import zmq
 from zmq.utils import z85
@@ -57,14 +56,6 @@ _NOBLOCK = int(zmq.NOBLOCK)
 _NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 Socket = zmq.Socket[bytes]
-
-
-class Parts(NamedTuple):
-    """A message as it came."""
-
-    frames: list[memoryview]  # writable
-    nbytes: int
-    is_spoilt: bool  # it breaks a cap: only the first frame was kept
 
 
 @contextmanager
@@ -148,9 +139,12 @@ class Sockets:
         """
         for source, _ in self._poller.poll(math.ceil(wait_s * 1000)):
             handle = self._handlers.get(source)
-            if handle is not None:  # it is once another handler has closed the source
-                with suppress(zmq.Again):  # the message has gone with its connection
-                    handle()
+            if handle is None:  # another handler has closed the source
+                continue
+            try:
+                handle()
+            except zmq.Again:  # the message has gone with its connection
+                continue
 
     def close(self, socket: Socket, linger_ms: int = 0) -> None:
         """Close a socket; what it still holds has so long to leave."""
@@ -169,30 +163,38 @@ class _Port:
         self.sockets = sockets
         self.socket = sockets.open(kind, is_control=is_control)
         self.is_open = True
-        self._max_frames = sockets.limits.frames + 2  # routing id and header
+        self._max_frames = sockets.limits.frames + 1  # header
         self._max_bytes = sockets.limits.message_bytes + sockets.limits.control_bytes
+        self._recv = self.socket.recv
+        # Past pyzmq's own layer in Python, which is for what we never send. (Its overloads want copy as a literal.)
+        self._send: Callable[[Buffer, int, bool], object] = super(zmq.Socket, self.socket).send  # type: ignore[assignment]
 
-    def receive(self) -> Parts:
-        """Receive a message, its frames where they lie; to be called when it is known to be there."""
-        max_frames, max_bytes = self._max_frames, self._max_bytes
-        frames: list[memoryview] = []
-        nbytes, is_spoilt, has_more = 0, False, True
-        while has_more:
-            frame = self.socket.recv(_NOBLOCK, copy=False)
-            has_more = frame.more
+    def receive(self) -> tuple[list[memoryview], int, bool]:
+        """Receive a message; to be called when it is known to be there.
+
+        Returns:
+            Its frames where they lie, writable; the bytes of all of them; whether it breaks a cap: then of its frames only
+            the first was kept.
+        """
+        frame = self._recv(_NOBLOCK, False)
+        frames, nbytes = [frame.buffer], len(frame)
+        is_spoilt = nbytes > self._max_bytes
+        while frame.more:
+            frame = self._recv(_NOBLOCK, False)
             nbytes += len(frame)
-            is_spoilt = is_spoilt or len(frames) >= max_frames or nbytes > max_bytes
-            if not is_spoilt or not frames:
+            is_spoilt = is_spoilt or len(frames) >= self._max_frames or nbytes > self._max_bytes
+            if not is_spoilt:
                 frames.append(frame.buffer)
-        return Parts(frames[:1] if is_spoilt else frames, nbytes, is_spoilt)
+        return frames[:1] if is_spoilt else frames, nbytes, is_spoilt
 
     def send(self, parts: Sequence[Buffer]) -> Sent:
         """Send a message now or not at all; large frames are not copied."""
-        last = len(parts) - 1
+        *first, last = parts
+        send = self._send
         try:
-            for index, part in enumerate(parts):
-                is_copied = len(part) < _COPIED_BYTES
-                self.socket.send(part, _NOBLOCK if index == last else _NOBLOCK_MORE, copy=is_copied)
+            for part in first:
+                send(part, _NOBLOCK_MORE, len(part) < _COPIED_BYTES)
+            send(last, _NOBLOCK, len(last) < _COPIED_BYTES)
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as error:
@@ -287,6 +289,11 @@ class Router(_Port):
             self.socket.setsockopt(zmq.CURVE_SERVER, 1)
             self.socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
             self.socket.setsockopt(zmq.ZAP_DOMAIN, b"offcut")
+
+    def receive_from(self) -> tuple[bytes, list[memoryview], int, bool]:
+        """Receive a message as `receive` does, after the routing id of the connection that it came over."""
+        sender: bytes = self._recv(_NOBLOCK)
+        return sender, *self.receive()
 
     def send_to(self, routing_id: bytes, parts: Sequence[Buffer]) -> Sent:
         """Send a message to one connection, now or not at all."""
