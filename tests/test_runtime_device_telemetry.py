@@ -21,9 +21,19 @@ def make_event(number: int) -> Event:
     state = make_state(PROBLEM)
     predicted = estimate(PROBLEM, PLAN, state)
     return Event(
-        number, 0.5, "id", "fixed", PLAN.describe(), "0112", ("edge0",), (), "auto", state, predicted, None, "failed", "%s",
-        False, True,
-    )  # fmt: skip
+        request=number,
+        arrived_after_s=0.5,
+        model_id="id",
+        policy="fixed",
+        plan=PLAN.describe(),
+        tiers="0112",
+        edge_nodes=("edge0",),
+        codec="auto",
+        state=state,
+        predicted=predicted,
+        reason="%s",
+        is_protected=True,
+    )
 
 
 def make_request() -> Request:

@@ -86,17 +86,7 @@ class Journal:
                 model_id=self.model_id,
                 policy=policy,
                 plan="" if plan is None else plan.describe(),
-                tiers="",
-                edge_nodes=(),
-                tiles=(),
-                codec="",
-                state=None,
-                predicted=None,
-                measured=None,
-                outcome="failed",
                 reason=f"{type(error).__name__}: {error}",
-                deadline_met=False,
-                is_protected=False,
             )
         )
 

@@ -26,26 +26,26 @@ STATUS_FILE = "status.json"
 EVENTS_FILE = "events.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One request, from what was known to how it ended."""
+    """One request, from what was known to how it ended. What is left out is so of one that was refused at once."""
 
     request: int
     arrived_after_s: float  # since the session began
     model_id: str
     policy: str
     plan: str  # device[0:10) edge0[10:20) ...; empty when the request was refused before a plan was made
-    tiers: str  # one digit per layer: 0 device, 1 edge, 2 cloud
-    edge_nodes: tuple[str, ...]
-    tiles: tuple[TileSpan, ...]
-    codec: str
-    state: SystemState | None  # None when the request was refused at once, such as a file that is no image
-    predicted: LatencyBreakdown | None
-    measured: LatencyBreakdown | None  # None when there was no answer
-    outcome: str  # remote, device, local, failed
+    tiers: str = ""  # one digit per layer: 0 device, 1 edge, 2 cloud
+    edge_nodes: tuple[str, ...] = ()
+    tiles: tuple[TileSpan, ...] = ()
+    codec: str = ""
+    state: SystemState | None = None
+    predicted: LatencyBreakdown | None = None
+    measured: LatencyBreakdown | None = None  # None when there was no answer
+    outcome: str = "failed"  # remote, device, local, failed
     reason: str
-    deadline_met: bool
-    is_protected: bool
+    deadline_met: bool = False
+    is_protected: bool = False
 
 
 class EventLog:
