@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from runtime.errors import PlanError
 from runtime.planning.problem import make_stage
-from runtime.planning.tile_search import TileChoice, choose_tiles, find_grids
+from runtime.planning.tile_search import TileChoice, TileSearch, choose_tiles, find_grids
 from runtime.planning.tiles import TileNode, cost_tiles
 from runtime.planning.tiling import find_spans, plan_tiles
+from runtime.profiles.shipped import load_shipped_profile
 from runtime.types import GraphSpec, SpatialOp, Tier, TileSpan, Window
 from tests.graphs import chain
 from tests.nets import Sides, spatial_graph, spatial_graphs
@@ -83,6 +84,20 @@ def test_the_choice_is_legal_and_costs_what_it_says(graph: GraphSpec, speeds: li
 def test_two_nodes_are_used_nearly_as_well_as_trying_every_line_can(graph: GraphSpec, speed: float, bps: float) -> None:
     nodes = make_nodes(graph, 1.0, speed, bps=bps, fixed_s=0.0)
     assert choose_tiles(graph, nodes).total_s <= 1.02 * try_all(graph, nodes)
+
+
+@pytest.mark.parametrize("bps", [1e8, 1e10])
+def test_the_search_prices_spans_of_a_real_network_as_they_cost(bps: float) -> None:
+    """It puts operations of a layer together where they work on the same positions."""
+    shipped = load_shipped_profile("torchvision:resnet18")
+    nodes = [TileNode(shipped.profile.layer_s), *[TileNode(shipped.profile.layer_s, bps, bps, 1e-3, 1e-4)] * 3]
+    (stretch,) = find_spans(shipped.graph)
+    search = TileSearch(shipped.graph, nodes)
+    found = [search.best_into(stretch.start, stop, [0.0] * stop) for stop in stretch.stops if stop > stretch.start]
+    spans = [each for each in found if each is not None]
+    assert len(spans) > 10
+    for seconds, span in spans:
+        assert seconds == pytest.approx(cost_tiles(shipped.graph, span, nodes).total_s, rel=1e-9)
 
 
 def test_a_slow_link_leaves_the_layers_on_the_head() -> None:

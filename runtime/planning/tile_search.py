@@ -6,8 +6,8 @@ groups, so a group ends where redundant work, scatter and gather cost more than 
 tiles.
 """
 
-import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -34,8 +34,17 @@ Bands = tuple[Interval, ...]
 
 Lengths = tuple[int, ...]
 
-OpSeconds = tuple[list[float], list[float]]
-"""Of one operation, by node: seconds that no tile is spared, and seconds per position of its map."""
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Operations of a layer that work on the same positions: a window, and what follows it position by position."""
+
+    name: str  # of what the last of them makes
+    reads: tuple[str, ...]
+    windows: tuple[Window | None, Window | None]  # along rows and columns; None: position by position
+    fixed_s: list[float]  # by node: seconds that no tile is spared
+    each_s: list[float]  # by node: seconds per position
+
 
 PATIENCE = 8
 """Starts in a row that may win no compute over a later one before earlier ones are given up: redundant work has eaten
@@ -66,7 +75,7 @@ def choose_tiles(graph: GraphSpec, nodes: Sequence[TileNode], start: int = 0, st
     """
     stop = graph.num_layers if stop is None else stop
     head_s = nodes[0].layer_s
-    search = _Search(graph, nodes)
+    search = TileSearch(graph, nodes)
     best_s = [0.0]  # of the layers [start, j)
     steps: list[TileSpan | None] = [None]  # the span that ends there; None: the layer before runs on the head
     stretches = find_spans(graph)
@@ -132,7 +141,7 @@ def find_grids(num_nodes: int) -> list[tuple[int, int]]:
 # --- every span that stops at one layer ---------------------------------------------------------------------------------
 
 
-class _Search:
+class TileSearch:
     """What all spans of a graph on some nodes share."""
 
     def __init__(self, graph: GraphSpec, nodes: Sequence[TileNode]) -> None:
@@ -142,20 +151,38 @@ class _Search:
         self.links = {num: TileLinks.of(nodes[:num]) for num in range(2, len(nodes) + 1)}
         self.sizes = find_sizes(graph, (op for layer in graph.layers for op in layer.spatial))
         self.map_bytes = {value.name: _map_bytes(value) for value in graph.values if value.name in self.sizes}
-        self._op_s: dict[int, list[OpSeconds]] = {}
+        self._steps: dict[int, list[_Step]] = {}
 
-    def op_seconds(self, layer: int) -> list[OpSeconds]:
-        """Per operation of a layer, last first: fixed seconds and seconds per position of its map, by node."""
-        known = self._op_s.get(layer)
+    def steps(self, layer: int) -> list[_Step]:
+        """What a layer does, last first."""
+        known = self._steps.get(layer)
         if known is None:
-            by_node = [op_seconds(self.graph, node, layer) for node in self.nodes]
-            known = []
-            for index, op in enumerate(self.graph.layers[layer].spatial):
-                area, own = op.size[0] * op.size[1], [seconds[index] for seconds in by_node]
-                known.append(([fixed_s for fixed_s, _ in own], [whole_s / area for _, whole_s in own]))
-            known.reverse()
-            self._op_s[layer] = known
+            known = self._steps[layer] = self._make_steps(layer)
         return known
+
+    def _make_steps(self, layer: int) -> list[_Step]:
+        by_node = [op_seconds(self.graph, node, layer) for node in self.nodes]
+        ops = self.graph.layers[layer].spatial
+        num_readers = Counter(name for op in ops for name in op.reads)
+        steps: list[_Step] = []
+        for index, op in enumerate(ops):
+            area, own = op.size[0] * op.size[1], [seconds[index] for seconds in by_node]
+            rows, cols = (None if window == Window() else window for window in op.windows)
+            step = _Step(op.name, op.reads, (rows, cols), [s for s, _ in own], [s / area for _, s in own])
+            before = steps[-1] if steps else None
+            is_follower = before is not None and op.reads == (before.name,) and rows is None and cols is None
+            if before is not None and is_follower and num_readers[before.name] == 1 and self._is_inner(before, op):
+                fixed_s = [a + b for a, b in zip(before.fixed_s, step.fixed_s, strict=True)]
+                each_s = [a + b for a, b in zip(before.each_s, step.each_s, strict=True)]
+                steps[-1] = _Step(op.name, before.reads, before.windows, fixed_s, each_s)
+            else:
+                steps.append(step)
+        steps.reverse()
+        return steps
+
+    def _is_inner(self, before: _Step, op: SpatialOp) -> bool:
+        """Whether only the next operation sees what a step makes, a map of the same size."""
+        return before.name not in self.map_bytes and self.sizes[before.name] == op.size
 
     def best_into(self, first: int, stop: int, before_s: Sequence[float]) -> tuple[float, TileSpan] | None:
         """The best span that starts at `first` or later and stops at a layer, by the seconds until its outputs are there.
@@ -177,7 +204,7 @@ class _Search:
 class _End:
     """What all spans that stop at one layer share, whatever their grid; their starts are `first` to `stop`."""
 
-    def __init__(self, search: _Search, first: int, stop: int) -> None:
+    def __init__(self, search: TileSearch, first: int, stop: int) -> None:
         self.search = search
         self.first = first
         self.stop = stop
@@ -211,7 +238,7 @@ class _Walk:
     """Lengths of all ranges along one axis, for cut positions at the end: worked out layer by layer, as far as asked."""
 
     def __init__(self, end: _End, axis: int, lines: tuple[int, ...]) -> None:
-        self._graph, self._sizes, self._axis = end.search.graph, end.search.sizes, axis
+        self._search, self._axis = end.search, axis
         self._layer = end.stop
         self._need: dict[str, Bands] = {}
         self.cuts: dict[str, Bands] = {}
@@ -222,28 +249,28 @@ class _Walk:
             if any(low >= high for low, high in cuts):
                 self.legal_from = max(self.legal_from, value.producer + 1)
         self.made: list[list[Lengths]] = []  # per layer from the end: of each operation, the last first
-        self.read: list[dict[str, Lengths]] = []  # per layer from the end: what a span that starts there is given
+        self.read: list[dict[str, Bands]] = []  # per layer from the end: what a span that starts there is given
 
     def reach(self, depth: int) -> None:
         """Go on until `depth` layers from the end are done."""
         while len(self.made) < depth:
             self._layer -= 1
             made = []
-            for op in reversed(self._graph.layers[self._layer].spatial):
-                bands = self._need.pop(op.name, None)
-                if op.name in self.cuts:
-                    bands = _join_bands(bands, self.cuts[op.name])
-                assert bands is not None, f"nobody reads {op.name}"
+            for step in self._search.steps(self._layer):
+                bands = self._need.pop(step.name, None)
+                if step.name in self.cuts:
+                    bands = _join_bands(bands, self.cuts[step.name])
+                assert bands is not None, f"nobody reads {step.name}"
                 made.append(tuple(high - low for low, high in bands))
-                self._note_reads(op, bands)
+                self._note_reads(step, bands)
             self.made.append(made)
-            self.read.append({name: tuple(hi - lo for lo, hi in bands) for name, bands in self._need.items()})
+            self.read.append(self._need.copy())
 
-    def _note_reads(self, op: SpatialOp, made: Bands) -> None:
-        window = op.windows[self._axis]
-        for name in op.reads:
-            length = self._sizes[name][self._axis]
-            if window != Window():
+    def _note_reads(self, step: _Step, made: Bands) -> None:
+        window = step.windows[self._axis]
+        for name in step.reads:
+            length = self._search.sizes[name][self._axis]
+            if window is not None:
                 bands: Bands = tuple(read_interval(window, interval, length)[0] for interval in made)
             else:
                 bands = made if length > 1 else ((0, 1),) * len(made)
@@ -254,6 +281,13 @@ def _join_bands(first: Bands | None, second: Bands) -> Bands:
     if first is None or first == second:
         return second
     return tuple((min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(first, second, strict=True))
+
+
+def _add_areas(totals: list[int], rows: Bands, cols: Bands, each: int) -> list[int]:
+    """Add the area of every tile, times a number, to what is there."""
+    lengths = [high - low for low, high in cols]
+    areas = [(high - low) * length for low, high in rows for length in lengths]
+    return [total + area * each for total, area in zip(totals, areas, strict=True)]
 
 
 class _Tally:
@@ -271,13 +305,14 @@ class _Tally:
         self.cols.reach(depth)
         while len(self._compute) < depth:
             at = len(self._compute)
-            seconds = self._end.search.op_seconds(self._end.stop - 1 - at)
+            steps = self._end.search.steps(self._end.stop - 1 - at)
             now = self._now
-            for rows, cols, (fixed_s, each_s) in zip(self.rows.made[at], self.cols.made[at], seconds, strict=True):
+            for rows, cols, step in zip(self.rows.made[at], self.cols.made[at], steps, strict=True):
                 areas = [row * col for row in rows for col in cols]
                 # Fewer tiles than nodes: the last ones do nothing.
                 now = [
-                    s + fixed + area * each for s, fixed, area, each in zip(now, fixed_s, areas, each_s, strict=False)
+                    s + fixed + area * each
+                    for s, fixed, area, each in zip(now, step.fixed_s, areas, step.each_s, strict=False)
                 ]
             self._now = now
             self._compute.append(now)
@@ -288,8 +323,7 @@ class _Tally:
         map_bytes, cols_of = self._end.search.map_bytes, self.cols.read[depth - 1]
         sent = [0] * len(self._now)
         for name, rows in self.rows.read[depth - 1].items():
-            each, cols = map_bytes[name], cols_of[name]
-            sent = [s + area * each for s, area in zip(sent, (r * c for r in rows for c in cols), strict=True)]
+            sent = _add_areas(sent, rows, cols_of[name], map_bytes[name])
         sent[0] = 0
         return sent
 
@@ -344,9 +378,8 @@ class _Sweep:
         back = [0] * self._num_tiles
         for value in self._end.crossing:
             if start <= value.producer:
-                each = self._end.search.map_bytes[value.name]
-                sides = [[high - low for low, high in walk.cuts[value.name]] for walk in (tally.rows, tally.cols)]
-                back = [b + r * c * each for b, (r, c) in zip(back, itertools.product(*sides), strict=True)]
+                rows, cols = tally.rows.cuts[value.name], tally.cols.cuts[value.name]
+                back = _add_areas(back, rows, cols, self._end.search.map_bytes[value.name])
         return back
 
     def _shares(self) -> Floats:
