@@ -40,16 +40,16 @@ class TrainConfig:
     held_out: tuple[str, ...] = HELD_OUT
     """Models that evaluation shows besides, and that nothing is learnt or chosen on."""
 
-    random_models: int = 8
+    random_models: int = 16
     """Made-up models besides."""
 
-    per_model: int = 3
+    per_model: int = 4
     """Sites of each model and input kind, with machines of their own."""
 
     input_kinds: tuple[str, ...] = ("encoded",)
     """What requests bring: encoded, image, tensor."""
 
-    scenarios: tuple[str, ...] = ("both", "streaming", "contention", "outage")
+    scenarios: tuple[str, ...] = ("both", "streaming", "contention", "outage", "static")
     """What happens around a site; one that is named twice comes twice as often."""
 
     traces: Path | None = None
@@ -62,7 +62,7 @@ class TrainConfig:
     """Steps of an episode."""
 
     # --- what it learns before it explores (agent/train/rehearse.py)
-    rehearsal: int = 300_000
+    rehearsal: int = 200_000
     """Decisions whose outcomes are looked up in the twin before the steps of PPO; 0: PPO begins as the planner."""
 
     rehearsal_width: int = 6
@@ -78,28 +78,28 @@ class TrainConfig:
     """How often each decision is learnt from."""
 
     # --- how it learns
-    steps: int = 1_000_000
+    steps: int = 300_000
     """Decisions in all; rounded up to whole updates."""
 
     seed: int = 0
     """Of everything: equal settings and seed give equal weights."""
 
-    num_envs: int = 64
+    num_envs: int = 128
     """Environments side by side."""
 
-    n_steps: int = 128
+    n_steps: int = 64
     """Steps of each between two updates."""
 
-    batch_size: int = 2048
+    batch_size: int = 8192
     """Decisions of a gradient step."""
 
     epochs: int = 4
     """How often an update sees every decision."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """Of the first update; falls linearly to almost 0."""
 
-    gamma: float = 0.95
+    gamma: float = 0.9
     """Discount of what comes one request later."""
 
     gae_lambda: float = 0.9
@@ -108,7 +108,7 @@ class TrainConfig:
     clip: float = 0.2
     """How far an update may move the odds of a decision."""
 
-    entropy: float = 0.002
+    entropy: float = 0.0
     """Weight of the entropy bonus."""
 
     value_weight: float = 0.5
@@ -120,7 +120,7 @@ class TrainConfig:
     hidden: int = 64
     """Width of the network's layers."""
 
-    credit: Literal["arrival", "decision"] = "arrival"
+    credit: Literal["arrival", "decision"] = "decision"
     """Where a request's term counts: at the step in which it ended, or at the step that decided on it."""
 
     hold: int = 16
@@ -130,7 +130,7 @@ class TrainConfig:
     """Weight of the reward's linear part, which makes long waits count."""
 
     # --- how it is watched
-    eval_every: int = 100_000
+    eval_every: int = 50_000
     """Steps between evaluations."""
 
     eval_scenarios: tuple[str, ...] = ("both", "streaming", "contention", "static")

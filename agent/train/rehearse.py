@@ -25,6 +25,7 @@ from torch import nn
 from agent.frozen import OVER_BEST, PLANNER_SCALE
 from agent.network import CandidatePolicy
 from agent.train.config import TrainConfig
+from agent.train.facts import Facts
 from agent.train.worlds import Worlds
 from env.episodes import Episodes
 from env.spaces import Observation
@@ -70,19 +71,20 @@ class Tried:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-def rehearse(config: TrainConfig, worlds: Worlds, policy: CandidatePolicy) -> dict[str, Any]:
+def rehearse(config: TrainConfig, worlds: Worlds, policy: CandidatePolicy, facts: Facts) -> dict[str, Any]:
     """Look decisions up and let the network of a policy learn them. The same settings give the same weights.
 
     Args:
         config: `rehearsal` and its companions.
         worlds: what is learnt on.
         policy: its actor is changed; the critic is PPO's to learn.
+        facts: takes what was seen.
 
     Returns:
         Facts for the manifest: decisions, loss before and after on decisions that were not learnt from, and the mean
         advantage of the choices there.
     """
-    tried = Tried.join(list(look_up(config, worlds)))
+    tried = Tried.join(list(look_up(config, worlds, facts)))
     is_test = np.random.default_rng((config.seed, 1)).random(len(tried)) < 0.05
     before = _assess(policy, tried, np.flatnonzero(is_test))
     _learn(config, policy, tried, np.flatnonzero(~is_test))
@@ -90,7 +92,7 @@ def rehearse(config: TrainConfig, worlds: Worlds, policy: CandidatePolicy) -> di
     return {"decisions": len(tried), "before": before, "after": after}
 
 
-def look_up(config: TrainConfig, worlds: Worlds) -> Iterator[Tried]:
+def look_up(config: TrainConfig, worlds: Worlds, facts: Facts) -> Iterator[Tried]:
     """Play episodes by the planner, with strays, and try plans at every request: one part a step of all lanes."""
     num_lanes = config.num_envs
     episodes = Episodes(
@@ -105,6 +107,7 @@ def look_up(config: TrainConfig, worlds: Worlds) -> Iterator[Tried]:
     started = num_lanes
     for _ in track(range(-(-config.rehearsal // num_lanes)), "looking plans up", transient=True):
         seen = episodes.observations
+        facts.observe({name: rows[None] for name, rows in seen.items()})
         tried = _draw(seen, config.rehearsal_width, rng)
         yield _try(episodes, seen, tried, config)
         strays = np.where(rng.random(num_lanes) < STRAY, rng.integers(tried.shape[1], size=num_lanes), 0)

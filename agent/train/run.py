@@ -41,7 +41,7 @@ def run_train(config: TrainConfig) -> None:
     model = make_model(config, env)
     state = load_state(config.out, model) if config.resume else State()
     if config.rehearsal and not config.resume:  # what can be gone on with was saved after it
-        state.rehearsal = rehearse(config, worlds, cast("CandidatePolicy", model.policy))
+        state.rehearsal = rehearse(config, worlds, cast("CandidatePolicy", model.policy), state.facts)
         gain = state.rehearsal["after"]["advantage"]
         print(f"rehearsed {state.rehearsal['decisions']:,} decisions: {gain:+.3f} each over the planner's choices")
     save_config(config)

@@ -126,7 +126,7 @@ class Watch(BaseCallback):
         results = learnt.run(weights)
         others = [] if held_out is None else held_out.run(weights)
         score = score_of(results)
-        is_best = score < self.state.best_score and self.state.steps > 0
+        is_best = score < self.state.best_score and (self.state.steps > 0 or bool(self.state.rehearsal))
         self.state.curve.append(
             {
                 "steps": self.state.steps,
