@@ -1,7 +1,7 @@
 """Settings of a training: the fields and their texts are `offcut train --help`."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,8 @@ from runtime.types import INPUT_KINDS
 
 HELD_OUT = ("timm:xception", "torchvision:googlenet", "torchvision:vgg16")
 """Models that no shipped policy was trained on: a light, a middling and a heavy one."""
+
+QUICK_MODELS = ("torchvision:squeezenet1_1", "torchvision:resnet18")
 
 _POSITIVE = (
     "per_model", "num_envs", "num_requests", "n_steps", "batch_size", "epochs", "hidden", "steps", "eval_every",
@@ -32,6 +34,9 @@ class TrainConfig:
 
     resume: bool = False
     """Go on in OUT with the settings that were saved there; of the others only --threads counts."""
+
+    quick: bool = False
+    """Two small models, few decisions: shows in a minute or two that everything works, not what comes of it."""
 
     # --- where it learns
     models: tuple[str, ...] = ()
@@ -180,6 +185,27 @@ class TrainConfig:
             )
         if self.credit == "decision" and self.hold >= self.n_steps:
             raise ConfigError(f"expected --hold < n_steps = {self.n_steps}, got {self.hold}")
+
+    def effective(self) -> "TrainConfig":
+        """These settings, or with `quick` the small ones instead of what makes a training long."""
+        if not self.quick:
+            return self
+        return replace(
+            self,
+            quick=False,
+            models=QUICK_MODELS,
+            held_out=(),
+            random_models=0,
+            per_model=1,
+            rehearsal=1024,
+            rehearsal_epochs=1,
+            steps=2048,
+            num_envs=16,
+            batch_size=256,
+            eval_episodes=1,
+            eval_every=2048,
+            save_every=2048,
+        )
 
     @property
     def rollout(self) -> int:

@@ -30,6 +30,7 @@ def run_train(config: TrainConfig) -> None:
     Raises:
         ConfigError: when a model, scenario, trace or the training to go on with is not there.
     """
+    config = config.effective()
     torch.set_num_threads(config.threads)
     torch.distributions.Distribution.set_default_validate_args(False)  # a third of a step otherwise
     if config.resume:
