@@ -13,6 +13,7 @@ import tyro
 from agent.config import (
     CalibrateConfig,
     CheckConfig,
+    CompareConfig,
     InferConfig,
     KeysConfig,
     LayersConfig,
@@ -38,6 +39,7 @@ Config: TypeAlias = (
     | KeysConfig
     | ReproduceConfig
     | TrainConfig
+    | CompareConfig
 )
 
 COMMANDS: dict[str, type[Config]] = {
@@ -52,6 +54,7 @@ COMMANDS: dict[str, type[Config]] = {
     "keys": KeysConfig,
     "reproduce": ReproduceConfig,
     "train": TrainConfig,
+    "compare": CompareConfig,
 }
 
 DESCRIPTION = """Split DNN inference across a device, edge nodes and a cloud. `offcut COMMAND --help` explains a command;
@@ -108,20 +111,24 @@ def run(command: Config) -> None:
             run_keys(command)
         case MeasureConfig() | CalibrateConfig():
             _run_measurement(command)
-        case ReproduceConfig() | TrainConfig():
+        case ReproduceConfig() | TrainConfig() | CompareConfig():
             _run_experiment(command)
 
 
-def _run_experiment(command: ReproduceConfig | TrainConfig) -> None:
-    """Run what takes minutes to hours and goes on where it was stopped."""
+def _run_experiment(command: ReproduceConfig | TrainConfig | CompareConfig) -> None:
+    """Run what takes minutes to hours."""
     with loading("loading torch"):
+        from agent.compare.run import run_compare
         from agent.reproduce.run import run_reproduce
         from agent.train.run import run_train
 
-    if isinstance(command, ReproduceConfig):
-        run_reproduce(command)
-    else:
-        run_train(command)
+    match command:
+        case ReproduceConfig():
+            run_reproduce(command)
+        case TrainConfig():
+            run_train(command)
+        case CompareConfig():
+            run_compare(command)
 
 
 def _run_measurement(command: MeasureConfig | CalibrateConfig) -> None:

@@ -318,6 +318,88 @@ class CalibrateConfig:
             raise ConfigError(f"expected --slow-down of three numbers above 0, got {self.slow_down}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareConfig:
+    """Compare policies in the same worlds, and write tables, pictures and TensorBoard logs.
+
+    Statistics are of latencies over each site's best latency on idle nodes. Ratios are to the best of the baselines, and
+    to each; intervals are bootstrapped over worlds. Worlds and sites are drawn from seeds that no training uses: those
+    of trainings are below 1000000.
+    """
+
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Rules (planner, loadpart, d3+tuned, fixed:10,20 and so on), checkpoints (checkpoints/NAME, with its guard;
+    checkpoints/NAME:raw without), bounds (clairvoyant, rollout). None: the rules of the README."""
+
+    scenarios: tuple[str, ...] = ()
+    """What happens around a site: static, bandwidth, load, both, streaming, contention, outage, handover; none: all."""
+
+    models: tuple[str, ...] = ()
+    """Shipped models, or random:NUMBER; none: all shipped ones. Those that no policy was trained on count apart too."""
+
+    baselines: tuple[str, ...] = ("planner", "planner-priced", "dads-heavy")
+    """Policies that ratios are to."""
+
+    bounds: bool = True
+    """Also play the two that know the future; twin only."""
+
+    traces: Path | None = None
+    """Folder with network/ and load/ to play recordings of; none plays the families fitted to them."""
+
+    split: Literal["validation", "train", "all"] = "validation"
+    """Which files of --traces."""
+
+    per_model: int = 2
+    """Sites of each model, with machines of their own."""
+
+    episodes: int = 4
+    """Worlds of each site and scenario."""
+
+    num_requests: int = 128
+    """Requests of each world."""
+
+    input_kind: Literal["encoded", "image", "tensor"] = "encoded"
+    """What requests bring."""
+
+    seed: int = 1_000_000
+    """First seed of sites and worlds."""
+
+    resamples: int = 1000
+    """Bootstrap draws."""
+
+    backend: Literal["twin", "live"] = "twin"
+    """twin: simulated; live: real processes and sockets, links and machines emulated, in real time."""
+
+    workers: int = 2
+    """Processes side by side; twin only."""
+
+    out: Path | None = None
+    """Folder for table.md, table.csv, episodes.csv, latencies.npz, pictures and TensorBoard; none: runs/compare-BACKEND,
+    with -quick behind it."""
+
+    quick: bool = False
+    """Two small models, three scenarios, few worlds, unless told otherwise: shows that everything works, in a minute."""
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: naming the field.
+        """
+        for name in ("per_model", "episodes", "num_requests", "workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"expected --{name.replace('_', '-')} >= 1, got {getattr(self, name)}")
+        for name in ("seed", "resamples"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"expected --{name} >= 0, got {getattr(self, name)}")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        suffix = "-quick" if self.quick else ""
+        return Path("runs") / f"compare-{self.backend}{suffix}" if self.out is None else self.out
+
+
 def _check_timeout(timeout_s: float) -> None:
     if not timeout_s > 0:
         raise ConfigError(f"expected --timeout-s > 0, got {timeout_s}")

@@ -1,10 +1,11 @@
 """What measured requests look like: a timeline as PNG, TensorBoard logs side by side, one run per rule."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from runtime.types import LatencyBreakdown
 
@@ -24,17 +25,29 @@ class Sample:
     plan: str
 
 
+def load_pyplot() -> Any:
+    """Matplotlib's pyplot, drawing into files: no display is needed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay cells out as a table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
 def plot_timeline(samples: Sequence[Sample], folder: Path, deadline_s: float) -> Path:
     """Draw the latency of every request over time, one colour per rule, the phases as bands.
 
     Returns:
         The PNG's path.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed
-    from matplotlib import pyplot as plt
-
+    plt = load_pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     for index, (phase, group) in enumerate(groupby(samples, key=lambda sample: sample.phase)):

@@ -21,7 +21,7 @@ from runtime.errors import ConfigError
 from runtime.planning.arrays import StateArrays, decode_state
 from runtime.planning.candidates import NUM_CANDIDATES
 from runtime.planning.features import FeatureEncoder, Features
-from runtime.planning.rows import NUM_HOPS, PlanCosts, compile_plan
+from runtime.planning.rows import PlanCosts, compile_plan
 from runtime.types import LatencyBreakdown, Plan, SystemState
 
 Seed: TypeAlias = int | Sequence[int]
@@ -245,22 +245,16 @@ class Book:
 
     def send(self, plan: Plan, state: StateArrays) -> Sent:
         """Work out what a plan sends in a state (batch 1): each sender's newest reading decides on coding."""
-        costs = self._costs(plan)
-        sent = _sent_bytes(costs, state)
-        return Sent(plan, float(sent[0]), self._backbone_bytes(costs, sent))
+        costs, cloud = self._costs(plan), self.site.problem.deployment.cloud
+        sent = sent_bytes(costs, state)[0]
+        backbone = sent @ backbone_hops(costs, None if cloud is None else cloud.name)[0]
+        return Sent(plan, float(sent[0]), float(backbone))
 
     def _costs(self, plan: Plan) -> PlanCosts:
         row = self.site.candidates.index.get(plan)
         if row is None:
             return compile_plan(self.site.problem, plan)
         return self.site.candidates.costs.take(np.array([row]))
-
-    def _backbone_bytes(self, costs: PlanCosts, sent: FloatArray) -> float:
-        cloud = self.site.problem.deployment.cloud
-        if cloud is None:
-            return 0.0
-        ends = [costs.layout.links[slot] for slot in costs.full("link")[0]]
-        return float(sum(sent[hop] for hop in range(NUM_HOPS) if cloud.name in ends[hop]))
 
     def end(
         self,
@@ -289,13 +283,20 @@ class Book:
         )
 
 
-def _sent_bytes(costs: PlanCosts, state: StateArrays) -> FloatArray:
-    """Bytes of every hop of one plan, shape (H,): as a sender chooses the codec, by its newest sample."""
-    full = {name: costs.full(name)[0] for name in ("link", "has_hop", "plain_bytes", "saved_bytes", "coding_s")}
-    newest_bps = state.bandwidth_bps[0, full["link"], 0]
-    is_coded = full["saved_bytes"] * 8.0 / newest_bps > full["coding_s"]  # False where nothing is known
-    if costs.full("is_relayed")[0]:
-        is_coded[1::2] = is_coded[0::2]
-    plain: FloatArray = full["plain_bytes"] + costs.full("has_input")[0] * state.input_bytes[0]
-    sent: FloatArray = (plain - full["saved_bytes"] * is_coded) * full["has_hop"]
+def sent_bytes(costs: PlanCosts, state: StateArrays) -> FloatArray:
+    """Bytes of every hop, shape (B, H), of a plan for each state: a sender chooses the codec by its newest sample."""
+    link, saved_bytes = costs.full("link"), costs.full("saved_bytes")
+    newest_bps = np.take_along_axis(state.bandwidth_bps[..., 0], link, axis=1)
+    is_coded = saved_bytes * 8.0 / newest_bps > costs.full("coding_s")  # False where nothing is known
+    is_relayed = costs.full("is_relayed")[:, None]
+    is_coded[:, 1::2] = np.where(is_relayed, is_coded[:, 0::2], is_coded[:, 1::2])
+    plain_bytes = costs.full("plain_bytes") + costs.full("has_input") * state.input_bytes[:, None]
+    sent: FloatArray = (plain_bytes - saved_bytes * is_coded) * costs.full("has_hop")
     return sent
+
+
+def backbone_hops(costs: PlanCosts, cloud: str | None) -> FloatArray:
+    """1 for every hop that enters or leaves the cloud, shape (B, H)."""
+    ends = [cloud is not None and cloud in link for link in costs.layout.links]
+    hops: FloatArray = np.array(ends, dtype=np.float64)[costs.full("link")] * costs.full("has_hop")
+    return hops

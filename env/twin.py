@@ -232,6 +232,7 @@ class Twin:
         self, lanes: IntArray, rows: IntArray, mode: int, looked_s: FloatArray = _NOT_LOOKED
     ) -> tuple[BoolArray, IntArray]:
         is_over = np.zeros(len(lanes), dtype=np.bool_)
+        lanes, rows = np.ascontiguousarray(lanes), np.ascontiguousarray(rows)  # others would be compiled for once more
         count = run.run_lanes(
             self._world, self._plans, self._lanes, self._states, lanes, rows, mode, is_over, self._ended, looked_s
         )

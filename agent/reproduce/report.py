@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agent.bench.report import describe_machine
+from agent.report import load_pyplot
 from agent.reproduce.grids import LATE_FRAC, fingerprint
 from agent.reproduce.papers import KIND, D3Paper, LoadpartPaper
 from agent.reproduce.results import CellResult
@@ -130,10 +131,7 @@ def _plot(paper: LoadpartPaper | D3Paper, means: Sequence[CellMean], folder: Pat
 
 
 def _draw(means: Sequence[CellMean], axis: str, field: str, label: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display is needed
-    from matplotlib import pyplot as plt
+    plt = load_pyplot()
     from matplotlib.lines import Line2D
 
     models = conditions(means, "model")

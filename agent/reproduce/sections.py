@@ -2,8 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+from agent.report import markdown_table
 from agent.reproduce.tables import CellMean, Pair, Reduction, pair, reduction, speedup, traffic, where
 from agent.reproduce.tables import conditions as values_of
 
@@ -38,11 +39,11 @@ def loadpart_sections(means: Sequence[CellMean]) -> list[str]:
     return [
         "Latency that LoADPart saves against other rules; negative: it costs. The paper states -14.2 % on average and "
         "-32.3 % at best (against whom is not certain; Neurosurgeon without K knows bandwidth alone).",
-        _table(("against", *head), against),
+        markdown_table(("against", *head), against),
         "Against Neurosurgeon without K, by network:",
-        _table(("network", *head), by_model),
+        markdown_table(("network", *head), by_model),
         "The same, mean by load level and uplink rate:",
-        _table(("level", *(f"{rate} Mbps" for rate in rates)), by_condition),
+        markdown_table(("level", *(f"{rate} Mbps" for rate in rates)), by_condition),
         "Mean latency over all load levels and rates, milliseconds:",
         _latency_table(means, "model"),
         "Mean latency over all networks and rates by load level, milliseconds:",
@@ -68,17 +69,19 @@ def d3_sections(means: Sequence[CellMean]) -> list[str]:
     head = ("cells", "best", "geometric mean", "worst")
     return [
         "Latency of other rules over D3's: above 1, D3 is quicker. The paper states up to 3.4x against its best rivals.",
-        _table(("rule", *head), times),
+        markdown_table(("rule", *head), times),
         "What tiles win: latency of HPA alone (`d3-hpa`) over HPA with tiles (`d3`), by network:",
-        _table(("network", *head), by_model),
+        markdown_table(("network", *head), by_model),
         "Backbone bytes of other rules over D3's. The paper states up to 3.68x. Where one of the two sends nothing there is "
         "no ratio; such cells are counted.",
-        _table(
+        markdown_table(
             ("rule", "cells with both", "best", "geometric mean", "only it sends", "only D3 sends", "all bytes"), bytes_
         ),
         "The gap of D3's plans to `optimal`, the exact optimum without tiles: predicted from the readings of each request, "
         "and measured. Below 0: tiles, or readings or this machine changed between two turns.",
-        _table(("rule", "network", "cells", "predicted mean", "worst", "measured mean", "worst"), _gap_rows(means)),
+        markdown_table(
+            ("rule", "network", "cells", "predicted mean", "worst", "measured mean", "worst"), _gap_rows(means)
+        ),
         "Mean latency over all backbones, milliseconds:",
         _latency_table(means, "model"),
         "Mean latency over all networks by backbone, milliseconds (Neurosurgeon: chains only):",
@@ -121,7 +124,7 @@ def _mean_table(means: Sequence[CellMean], by: str, value: Callable[[CellMean], 
             own = [value(mean) for mean in here if mean.rule == rule]
             cells.append(f"{math.fsum(own) / len(own):.0f}" if own else "")
         rows.append((_short(place), *cells))
-    return _table((by, *rules), rows)
+    return markdown_table((by, *rules), rows)
 
 
 def _reduction_cells(saved: Reduction) -> tuple[str, str, str, str]:
@@ -140,8 +143,3 @@ def _times(ratio: float) -> str:
 
 def _short(name: str) -> str:
     return name.rpartition(":")[2]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
