@@ -10,21 +10,23 @@ from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_suppo
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from agent.checkpoint import load_checkpoint
-from agent.frozen import FrozenPolicy
+from agent.frozen import OVER_BEST, FrozenPolicy
 from agent.train.buffer import CreditRolloutBuffer
 from agent.train.config import TrainConfig
 from agent.train.evaluate import Evaluator, compare
 from agent.train.facts import Facts
 from agent.train.run import run_train
 from agent.train.vecenv import TwinVecEnv
+from agent.train.watch import BEST
 from agent.train.worlds import Worlds
 from env.catalogue import make_sites
-from env.episodes import Completed
+from env.episodes import Completed, Episodes
 from env.scenario import SyntheticScenario
 from env.spaces import action_space, observation_space
 from env.vector import SplitInferenceVectorEnv
 from runtime.errors import ConfigError
 from runtime.planning.features import CANDIDATE_COLUMNS, CONTEXT_COLUMNS
+from tests.logged import MODEL, logged_site, write_log
 from tests.problems import random_state
 
 pytestmark = pytest.mark.timeout(600)  # the first use after a change of the dynamics compiles them
@@ -38,7 +40,7 @@ def make_env():
 
 def tiny(out, **others):
     kept = {"models": ("random:2",), "held_out": (), "random_models": 0, "per_model": 1, "eval_scenarios": ("both",)}
-    small = {"num_envs": 4, "n_steps": 8, "batch_size": 16, "epochs": 1, "hidden": 8, "num_requests": 6}
+    small = {"num_envs": 4, "n_steps": 8, "batch_size": 16, "epochs": 1, "hidden": 8, "hold": 4, "num_requests": 6}
     often = {"eval_every": 32, "save_every": 32, "eval_episodes": 1, "scenarios": ("both",), "rehearsal": 32}
     return TrainConfig(out=out, **(kept | small | often | {"steps": 96} | others))
 
@@ -244,3 +246,38 @@ def test_an_evaluation_gives_the_same_twice_and_reads_no_training_world():
 
     weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in weight_shapes(8).items()}
     assert evaluator.run(weights) == evaluator.run(weights)
+
+
+def test_a_training_from_logs_learns_and_evaluates_at_the_logged_deployment(tmp_path):
+    write_log(tmp_path, logged_site())
+    run_train(tiny(tmp_path / "out", models=(MODEL.spec,), from_logs=tmp_path))
+    facts = load_checkpoint(tmp_path / "out" / BEST).manifest.training
+    assert [one["scenario"] for one in facts["evaluation"]["learnt models"]] == ["log"]
+    with pytest.raises(ConfigError, match="one of --models"):
+        TrainConfig(from_logs=tmp_path)
+
+
+def test_what_is_looked_up_is_what_happens():
+    episodes = Episodes(SITES, (SyntheticScenario("both"),), num_lanes=3, num_requests=6)
+    lanes = np.arange(3)
+    episodes.start(lanes, [(5, lane) for lane in range(3)])
+    planned = np.where(episodes.observations["mask"] > 0, over_best(episodes.observations), np.inf).argmin(axis=1)
+    before = {name: rows.copy() for name, rows in episodes.observations.items()}
+    looked = episodes.look(np.stack([planned, np.ones(3, dtype=np.int64)], axis=1), horizon=2)
+    assert looked.shape == (3, 2, 3)
+    for name, rows in before.items():
+        assert np.array_equal(rows, episodes.observations[name]), name  # nothing has changed
+    assert looked[:, 0] == pytest.approx(
+        0.0, abs=1e-9
+    )  # the planner's own choice is the reference, as long as it decides
+    terms = {}
+    for step in range(6):
+        _, _, completed = episodes.step(lanes, np.ones(3, dtype=np.int64) if step == 0 else planned)
+        terms |= {
+            (int(lane), int(n)): t for lane, n, t in zip(completed.lane, completed.number, completed.term, strict=True)
+        }
+    assert [terms[lane, 0] for lane in range(3)] == pytest.approx(looked[:, 1, 0].tolist(), rel=1e-9)
+
+
+def over_best(observations):
+    return observations["candidates"].reshape(3, -1, len(CANDIDATE_COLUMNS))[..., OVER_BEST]

@@ -60,6 +60,10 @@ class TrainConfig:
     traces: Path | None = None
     """Folder with network/ and load/: every scenario also plays its training files; evaluation plays validation files."""
 
+    from_logs: Path | None = None
+    """The events.jsonl of your own sessions, or its folder: learns and evaluates at the deployment that they tell of,
+    instead of at sites drawn at random. --models names the one model that they are of."""
+
     synthetic: bool = True
     """Also play the fitted families where there are --traces."""
 
@@ -176,6 +180,10 @@ class TrainConfig:
                 raise ConfigError(f"expected at least one of --{name.replace('_', '-')}, got none")
         if self.traces is None and not self.synthetic:
             raise ConfigError("expected --traces DIR with --no-synthetic: there would be nothing to play")
+        if self.from_logs is not None and len(self.models) != 1:
+            raise ConfigError(
+                f"expected one of --models with --from-logs, got {len(self.models)}; name the logs' model"
+            )
         both = set(self.models) & set(self.held_out)
         if both:
             raise ConfigError(f"expected models to be learnt on or held out, got both for {', '.join(sorted(both))}")
@@ -227,12 +235,14 @@ class TrainConfig:
         """What the result follows from, as JSON can hold it: no folders, and traces by their folder's name only."""
         left_out = ("out", "resume", "threads", "save_every")
         named = {key: value for key, value in asdict(self).items() if key not in left_out}
-        return named | {"traces": None if self.traces is None else self.traces.name}
+        folders = {"traces": self.traces, "from_logs": self.from_logs}
+        return named | {key: None if path is None else path.name for key, path in folders.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Every field but `resume`, as JSON can hold it."""
         fixed = {key: value for key, value in asdict(self).items() if key != "resume"}
-        return fixed | {"out": str(self.out), "traces": None if self.traces is None else str(self.traces)}
+        paths = {"out": self.out, "traces": self.traces, "from_logs": self.from_logs}
+        return fixed | {key: None if path is None else str(path) for key, path in paths.items()}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any], **others: Any) -> "TrainConfig":
@@ -243,6 +253,6 @@ class TrainConfig:
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()
         }
-        for name in ("out", "traces"):
+        for name in ("out", "traces", "from_logs"):
             values[name] = None if values.get(name) is None else Path(values[name])
         return cls(**(values | others))

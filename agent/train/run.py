@@ -120,7 +120,7 @@ def _evaluators(config: TrainConfig) -> tuple[Evaluator, Evaluator | None]:
         return Evaluator(worlds, episodes=config.eval_episodes, num_requests=config.num_requests)
 
     learnt = config.models or config.learnt_models[: -config.random_models or None]
-    return make(learnt), make(config.held_out) if config.held_out else None
+    return make(learnt), make(config.held_out) if config.held_out and config.from_logs is None else None
 
 
 def _facts(config: TrainConfig) -> dict[str, Any]:

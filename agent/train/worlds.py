@@ -2,12 +2,17 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from agent.train.config import TrainConfig
 from env.catalogue import make_sites
+from env.correction import corrected
+from env.log_scenario import LogScenario, site_from_log
+from env.logs import read_log
 from env.scenario import Scenario, SyntheticScenario, TraceScenario
 from env.site import Site
 from env.traces import trace_files
+from runtime.profiles.shipped import load_shipped_profile
 from runtime.types import INPUT_KINDS
 
 
@@ -26,6 +31,8 @@ def training_worlds(config: TrainConfig) -> Worlds:
     Raises:
         ConfigError: when there is no such model, scenario or trace.
     """
+    if config.from_logs is not None:
+        return _logged_worlds(config, config.from_logs)
     sites = _sites(config, config.learnt_models, config.per_model, 2 * config.seed + 1)
     return Worlds(sites, _scenarios(config, config.scenarios, "train"))
 
@@ -36,7 +43,17 @@ def validation_worlds(config: TrainConfig, models: tuple[str, ...]) -> Worlds:
     Raises:
         ConfigError: when there is no such model, scenario or trace.
     """
+    if config.from_logs is not None:
+        return _logged_worlds(config, config.from_logs)
     return Worlds(_sites(config, models, 1, 0), _scenarios(config, config.eval_scenarios, "validation"))
+
+
+def _logged_worlds(config: TrainConfig, path: Path) -> Worlds:
+    """A user's own deployment, its nodes, links, load and requests as logged; a seed draws where the log begins."""
+    log = read_log(path)
+    site = site_from_log(log, load_shipped_profile(config.models[0]))
+    sites, (scenario,) = corrected(log.correction(), [site], [LogScenario(log)])
+    return Worlds(sites, {scenario.kind: scenario})
 
 
 def _sites(config: TrainConfig, models: tuple[str, ...], per_model: int, seed: int) -> tuple[Site, ...]:
