@@ -43,13 +43,16 @@ def run_train(config: TrainConfig) -> None:
     state = load_state(config.out, model) if config.resume else State()
     if config.rehearsal and not config.resume:  # what can be gone on with was saved after it
         state.rehearsal = rehearse(config, worlds, cast("CandidatePolicy", model.policy), state.facts)
-        gain = state.rehearsal["after"]["advantage"]
-        print(f"rehearsed {state.rehearsal['decisions']:,} decisions: {gain:+.3f} each over the planner's choices")
     save_config(config)
     env.seed(config.seed * 2**20 + state.steps // config.rollout)
     model.set_logger(configure(str(config.out / "tensorboard"), ["tensorboard"]))
     total = config.num_updates * config.rollout
     with Teller(total, state.steps) as teller:
+        if state.rehearsal and not config.resume:
+            gain = state.rehearsal["after"]["advantage"]
+            teller.say(
+                f"rehearsed {state.rehearsal['decisions']:,} decisions: {gain:+.3f} each over the planner's choices"
+            )
         watch = Watch(config, state, evaluators, teller, _facts(config))
         before = {number: signal.signal(number, watch.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -26,7 +26,7 @@ STATUS_FILE = "status.json"
 EVENTS_FILE = "events.jsonl"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Event:
     """One request, from what was known to how it ended. What is left out is so of one that was refused at once."""
 
@@ -35,6 +35,7 @@ class Event:
     model_id: str
     policy: str
     plan: str  # device[0:10) edge0[10:20) ...; empty when the request was refused before a plan was made
+    reason: str
     tiers: str = ""  # one digit per layer: 0 device, 1 edge, 2 cloud
     edge_nodes: tuple[str, ...] = ()
     tiles: tuple[TileSpan, ...] = ()
@@ -43,7 +44,6 @@ class Event:
     predicted: LatencyBreakdown | None = None
     measured: LatencyBreakdown | None = None  # None when there was no answer
     outcome: str = "failed"  # remote, device, local, failed
-    reason: str
     deadline_met: bool = False
     is_protected: bool = False
 
