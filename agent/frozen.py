@@ -29,6 +29,10 @@ rehearsed policy worse: it learnt to be good at drawing plans, and what is deplo
 OVER_BEST = CANDIDATE_COLUMNS.index("over_best:over_best")
 """Column that holds log10 of predicted / least predicted."""
 
+RESIDUAL_SCALE = 4.0
+"""Logits per unit of the network's output. At 1 the output must grow to 16 times a logarithm of latency: three rehearsals
+came to 0.98 to 1.00 of the planner, as against 0.96 to 0.97 where it was 4 times."""
+
 LOGIT_PER_DECADE = -PLANNER_SCALE * float(np.log(10.0))
 
 _MARGIN_FRAC = 0.05
@@ -56,7 +60,7 @@ class FrozenNetwork:
         hidden += self._mix_bias
         np.maximum(hidden, 0.0, out=hidden)
         logits: Array32 = np.multiply(features.candidates[..., OVER_BEST], LOGIT_PER_DECADE, dtype=np.float32)
-        logits += (hidden @ self._residual).reshape(batch, num_candidates)
+        logits += np.float32(RESIDUAL_SCALE) * (hidden @ self._residual).reshape(batch, num_candidates)
         return logits
 
 

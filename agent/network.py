@@ -16,7 +16,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from agent.frozen import LOGIT_PER_DECADE, OVER_BEST
+from agent.frozen import LOGIT_PER_DECADE, OVER_BEST, RESIDUAL_SCALE
 from runtime.planning.features import CANDIDATE_COLUMNS
 
 HIDDEN = 64
@@ -46,7 +46,8 @@ class CandidateScorer(BaseFeaturesExtractor):
         mask = observations["mask"].unsqueeze(-1)
         context = self.from_context(observations["context"]).unsqueeze(1)
         hidden = torch.relu(self.mix(torch.relu(self.from_candidate(candidates) + context)))
-        logits = LOGIT_PER_DECADE * candidates[..., OVER_BEST] + self.residual(hidden).squeeze(-1)
+        residual = RESIDUAL_SCALE * self.residual(hidden).squeeze(-1)
+        logits = LOGIT_PER_DECADE * candidates[..., OVER_BEST] + residual
         # The critic learns from what the actor sees, but does not shape it: its gradients are by far the longer ones.
         allowed = hidden.detach() * mask  # at least 0, so that what is masked never is the maximum
         mean = allowed.sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)

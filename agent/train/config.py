@@ -71,7 +71,7 @@ class TrainConfig:
     """Steps of an episode."""
 
     # --- what it learns before it explores (agent/train/rehearse.py)
-    rehearsal: int = 200_000
+    rehearsal: int = 120_000
     """Decisions whose outcomes are looked up in the twin before the steps of PPO; 0: PPO begins as the planner."""
 
     rehearsal_width: int = 6
@@ -87,7 +87,7 @@ class TrainConfig:
     """How often each decision is learnt from."""
 
     # --- how it learns
-    steps: int = 300_000
+    steps: int = 200_000
     """Decisions in all; rounded up to whole updates."""
 
     seed: int = 0
@@ -105,7 +105,7 @@ class TrainConfig:
     epochs: int = 4
     """How often an update sees every decision."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     """Of the first update; falls linearly to almost 0."""
 
     gamma: float = 0.9
