@@ -127,3 +127,35 @@ def test_the_demo_gives_the_same_output_under_every_rule_in_every_phase(tmp_path
     assert "All 35 outputs equal the whole model's" in done.stdout
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
     assert len(list((tmp_path / "tensorboard").iterdir())) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_training_of_the_readme_runs_quickly_and_its_policy_can_be_compared(tmp_path: Path) -> None:
+    lines = [words for words in commands("offcut") if words[0] == "train" and "--traces" in words]
+    [train] = [[word if word != "runs/mine" else str(tmp_path / "mine") for word in words] for words in lines]
+    del train[train.index("--traces") : train.index("--traces") + 2]  # recordings are the reader's own
+    best = str(tmp_path / "mine" / "best")
+    few = ["--models", "torchvision:squeezenet1_1", "--scenarios", "both", "--episodes", "1", "--no-bounds"]
+    compare = [
+        "compare",
+        "planner",
+        best,
+        "--baselines",
+        "planner",
+        "--quick",
+        *few,
+        "--out",
+        str(tmp_path / "compared"),
+    ]
+    for words in ([*train, "--quick"], compare):
+        done = subprocess.run(
+            [sys.executable, "-m", "agent.cli", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=800,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "compared" / "table.md").is_file()
