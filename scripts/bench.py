@@ -9,6 +9,7 @@ from rich.console import Console
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads its thread pool
 
 from agent.bench.echo import EchoConfig, run_echo
+from agent.bench.env import EnvConfig, run_env
 from agent.bench.plan import PlanConfig, run_plan
 from agent.bench.predict import PredictConfig, run_predict
 from agent.bench.recovery import RecoveryConfig, run_recovery
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     config = tyro.extras.subcommand_cli_from_dict(
         {
             "echo": EchoConfig,
+            "env": EnvConfig,
             "plan": PlanConfig,
             "predict": PredictConfig,
             "recovery": RecoveryConfig,
@@ -29,11 +31,21 @@ if __name__ == "__main__":
         }
     )
     assert isinstance(
-        config, EchoConfig | PlanConfig | PredictConfig | RecoveryConfig | SplitConfig | TestbedConfig | TilesConfig
+        config,
+        EchoConfig
+        | EnvConfig
+        | PlanConfig
+        | PredictConfig
+        | RecoveryConfig
+        | SplitConfig
+        | TestbedConfig
+        | TilesConfig,
     )
     match config:
         case EchoConfig():
             report = run_echo(config)
+        case EnvConfig():
+            report = run_env(config)
         case PlanConfig():
             report = run_plan(config)
         case PredictConfig():

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 BARS = {
     "echo": {"echo_400KB_plain_over_pyzmq", "echo_400KB_curve_over_pyzmq_curve", "echo_400KB_plain_over_grpc"},
+    "env": {"env_steps_per_s"},
     "plan": {
         "plan_loadpart_500_us",
         "plan_d3_500_ms",
