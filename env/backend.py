@@ -19,7 +19,6 @@ from env.twin import OUTCOMES, Twin
 from env.world import World
 from runtime.errors import ConfigError
 from runtime.planning.arrays import StateArrays, decode_state
-from runtime.planning.candidates import NUM_CANDIDATES
 from runtime.planning.features import FeatureEncoder, Features
 from runtime.planning.rows import PlanCosts, compile_plan
 from runtime.types import LatencyBreakdown, Plan, SystemState
@@ -176,14 +175,7 @@ class TwinBackend:
 
     def observation(self) -> Observation:
         """The same, encoded for a learner."""
-        current = self._twin.known("current", _LANE)
-        return self._book.observe(
-            self._book.encoder.encode(
-                self._arrays(),
-                current=np.where(current < NUM_CANDIDATES, current, -1),
-                warm=self._twin.known("warm", _LANE)[:, :NUM_CANDIDATES],
-            )
-        )
+        return {name: rows[0].copy() for name, rows in self._twin.seen._asdict().items()}
 
     def step(self, plan: Plan) -> tuple[bool, list[Ended]]:
         """Run the request at hand under any legal plan, and go on to the next.

@@ -1,8 +1,13 @@
 """Draw a world: links, loads, faults, then requests at a rate that the best plan can carry."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from numpy.random.bit_generator import ISeedSequence
 
 from env.families import FLOOR_BPS
 from env.site import Site, log_uniform
@@ -27,7 +32,9 @@ FIRST_S = 1.0
 DEADLINE_FLOOR_S = 0.05
 """A deadline is no shorter than this and two round trips, as a session's default."""
 
-_EPISODE, _PATH, _NODE, _CLIENT = range(4)
+_AFTER_S = 10.0
+"""Background requests are drawn until so long, and two deadlines, after the last arrival of client 0."""
+
 _STEADY_LINKS = ("static", "load")
 _STEADY_NODES = ("static", "bandwidth")
 _PEER_BPS, _PEER_RTT_S = 1e9, 0.001
@@ -38,9 +45,48 @@ Bandwidth = Callable[[np.random.Generator, Site, int], FloatArray]
 Load = Callable[[np.random.Generator, int], FloatArray]
 
 
-def stream(seed: int | Sequence[int], what: int, number: int) -> np.random.Generator:
-    """Open the random stream of one thing in one episode."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(what, number))))
+class Streams:
+    """Random streams of the things in one episode, each its own: what one thing draws moves no other's.
+
+    The words that all of them are seeded with are hashed from the seed at once, for to hash them one by one is slow.
+    """
+
+    def __init__(self, seed: int | Sequence[int], num_nodes: int, num_clients: int) -> None:
+        """Hash the seed."""
+        count = 1 + NUM_PATHS + 2 * max(num_nodes, num_clients)
+        self._words = np.random.SeedSequence(seed).generate_state(4 * count, np.uint64).reshape(count, 4)
+
+    def of_episode(self) -> np.random.Generator:
+        """Open the stream of what there is one of."""
+        return self._open(0)
+
+    def of_path(self, path: int) -> np.random.Generator:
+        """Open the stream of a path."""
+        return self._open(1 + path)
+
+    def of_node(self, slot: int) -> np.random.Generator:
+        """Open the stream of a node."""
+        return self._open(1 + NUM_PATHS + 2 * slot)
+
+    def of_client(self, client: int) -> np.random.Generator:
+        """Open the stream of a client."""
+        return self._open(2 + NUM_PATHS + 2 * client)
+
+    def _open(self, number: int) -> np.random.Generator:
+        words: Any = _Words(self._words[number])  # PCG64's annotation names fewer kinds than it takes
+        return np.random.Generator(np.random.PCG64(words))
+
+
+class _Words(ISeedSequence):
+    """Words that were hashed before."""
+
+    def __init__(self, words: npt.NDArray[np.uint64]) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> npt.NDArray[np.uint64]:
+        """Give the words; PCG64 asks for just these four."""
+        del n_words, dtype
+        return self._words
 
 
 def draw_world(
@@ -56,24 +102,28 @@ def draw_world(
         bandwidth: draws the rates of an access link, downwards, on the grid.
         load: draws a node's load over its mean, on the grid.
     """
-    rng = stream(seed, _EPISODE, 0)
+    streams = Streams(seed, len(site.candidates.costs.layout.nodes), site.ranges.clients[1])
+    rng = streams.of_episode()
     path, scale = _links(site, rng)
-    rate_bps, rtt_s = _paths(kind, site, seed, rng, bandwidth)
-    contention, busy_frac, background = _nodes(kind, site, seed, load)
+    rate_bps, rtt_s = _paths(kind, site, streams, rng, bandwidth)
+    loads = _loads(kind, site, streams, load)
+    contention = np.stack([load.contention for load in loads])
     is_down = np.zeros(contention.shape, dtype=np.bool_)
     if kind == "outage":
         _add_outages(site, rng, rate_bps, is_down)
     if kind == "handover":
         _add_handovers(site, rng, rate_bps, rtt_s)
     num_clients = int(rng.integers(site.ranges.clients[0], site.ranges.clients[1] + 1)) if kind == "contention" else 1
-    gap_s = _gap_s(kind, site, rng, (rate_bps, rtt_s, path, scale), (contention, busy_frac, background), num_clients)
+    gap_s = _gap_s(kind, site, rng, (rate_bps, rtt_s, path, scale), loads, num_clients)
     warm_frac = rng.uniform(*site.ranges.warm_frac)
     is_warm = rng.random(site.candidates.costs.num_plans) < warm_frac
     shift = rng.integers(rate_bps.shape[1], size=num_clients)
     shift[0] = 0
-    requests = [_requests(kind, site, stream(seed, _CLIENT, c), num_requests, gap_s) for c in range(num_clients)]
+    requests = [_requests(kind, site, streams.of_client(c), num_requests, gap_s) for c in range(num_clients)]
     arrivals_s, input_bytes, deadline_s, noise = (np.stack(column) for column in zip(*requests, strict=True))
-    floor_s = DEADLINE_FLOOR_S + 2.0 * float(rtt_s.max())
+    deadline_s = np.maximum(deadline_s, DEADLINE_FLOOR_S + 2.0 * float(rtt_s.max()))
+    until_s = float(arrivals_s[0, -1] + 2.0 * deadline_s[0].max()) + _AFTER_S
+    until_s = until_s if until_s < MAX_STEPS * GRID_S else math.inf
     return World(
         rate_bps=rate_bps,
         rtt_s=rtt_s,
@@ -81,20 +131,24 @@ def draw_world(
         scale=scale,
         contention=contention,
         is_down=is_down,
-        background=background,
+        background=tuple(
+            draw_background(load.rng, load.utilisation, load.mean_s, until_s) if load.mean_s > 0.0 else _NO_BACKGROUND
+            for load in loads
+        ),
         shift=shift,
         arrivals_s=arrivals_s,
         input_bytes=input_bytes,
-        deadline_s=np.maximum(deadline_s, floor_s),
+        deadline_s=deadline_s,
         noise=noise,
         is_warm=is_warm,
+        background_until_s=until_s,
     )
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-def _links(site: Site, rng: np.random.Generator) -> tuple["np.typing.NDArray[np.intp]", FloatArray]:
+def _links(site: Site, rng: np.random.Generator) -> tuple[npt.NDArray[np.intp], FloatArray]:
     """Path of every link slot, and its rate over the path's: uplinks from the device are slower."""
     layout = site.candidates.costs.layout
     uplink_frac = log_uniform(rng, site.ranges.uplink_frac)
@@ -104,7 +158,7 @@ def _links(site: Site, rng: np.random.Generator) -> tuple["np.typing.NDArray[np.
 
 
 def _paths(
-    kind: str, site: Site, seed: int | Sequence[int], rng: np.random.Generator, bandwidth: Bandwidth
+    kind: str, site: Site, streams: Streams, rng: np.random.Generator, bandwidth: Bandwidth
 ) -> tuple[FloatArray, FloatArray]:
     """Rates and round trips of the paths. The cloud is reached through the access link of the first edge node."""
     ranges = site.ranges
@@ -112,7 +166,7 @@ def _paths(
     access_scale = log_uniform(rng, ranges.access_scale)
     for edge in range(DEVICE_CLOUD):
         if edge < max(site.num_edges, 1):
-            rate_bps[edge] = access_scale * bandwidth(stream(seed, _PATH, edge), site, MAX_STEPS)
+            rate_bps[edge] = access_scale * bandwidth(streams.of_path(edge), site, MAX_STEPS)
         else:
             rate_bps[edge] = rate_bps[0]
         rtt_s[edge] = log_uniform(rng, ranges.edge_rtt_s)
@@ -124,7 +178,7 @@ def _paths(
             np.log(np.maximum(rate_bps[: DEVICE_CLOUD + 1], FLOOR_BPS)).mean(axis=1, keepdims=True)
         )
     else:
-        knots = stream(seed, _PATH, BACKBONE).standard_normal(round(MAX_STEPS * GRID_S / _BACKBONE_S) + 1)
+        knots = streams.of_path(BACKBONE).standard_normal(round(MAX_STEPS * GRID_S / _BACKBONE_S) + 1)
         wobble = np.exp(
             _BACKBONE_SIGMA * np.interp(np.linspace(0, len(knots) - 1, MAX_STEPS), range(len(knots)), knots)
         )
@@ -134,9 +188,7 @@ def _paths(
     return np.maximum(rate_bps, FLOOR_BPS), rtt_s
 
 
-def _add_outages(
-    site: Site, rng: np.random.Generator, rate_bps: FloatArray, is_down: "np.typing.NDArray[np.bool_]"
-) -> None:
+def _add_outages(site: Site, rng: np.random.Generator, rate_bps: FloatArray, is_down: npt.NDArray[np.bool_]) -> None:
     """Let access links and edge nodes fail for a while, one after the other and independently."""
     ranges = site.ranges
     for path in range(DEVICE_CLOUD + 1):
@@ -182,52 +234,71 @@ def _add_handovers(site: Site, rng: np.random.Generator, rate_bps: FloatArray, r
 
 # --- nodes ------------------------------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What others ask of one node."""
+
+    contention: FloatArray  # (G,)
+    utilisation: FloatArray  # (G,) share of the time that background requests take while there is no contention
+    mean_s: float  # of a background request
+    busy_frac: float  # mean share of the time that they take in all
+    rng: np.random.Generator  # for what is still to be drawn
+
+
+_NO_LOAD = _Load(np.ones(MAX_STEPS), np.zeros(MAX_STEPS), 0.0, 0.0, np.random.default_rng(0))
 _NO_BACKGROUND = Background(np.zeros(0), np.zeros(0))
+_GRID_ENDS_S = GRID_S * np.arange(MAX_STEPS + 1)
+_SIZE_SIGMA = 0.5
+"""Of the log of background requests' sizes."""
 
 
-def _nodes(
-    kind: str, site: Site, seed: int | Sequence[int], load: Load
-) -> tuple[FloatArray, FloatArray, tuple[Background, ...]]:
-    """Contention, mean utilisation by background requests, and those requests, of every node slot."""
-    nodes = site.candidates.costs.layout.nodes
-    contention, busy_frac = np.ones((len(nodes), MAX_STEPS)), np.zeros(len(nodes))
-    background = [_NO_BACKGROUND] * len(nodes)
-    for slot, name in enumerate(nodes):
-        if slot == 0 or kind in _STEADY_NODES:
-            continue
-        rng = stream(seed, _NODE, slot)
-        contention[slot] = _co_tenant(site, rng)
-        limit = site.ranges.utilisation_max
-        utilisation = np.clip(rng.uniform(*site.ranges.utilisation) * load(rng, MAX_STEPS), 0.0, limit)
-        # A co-tenant slows background requests down too: together they may not ask for more than there is.
-        utilisation = np.minimum(utilisation, limit / contention[slot])
-        busy_frac[slot] = float((utilisation * contention[slot]).mean())
-        size_s = log_uniform(rng, site.ranges.background_size) * site.model_s(name)
-        background[slot] = draw_background(rng, utilisation, size_s)
-    return contention, busy_frac, tuple(background)
+def _loads(kind: str, site: Site, streams: Streams, load: Load) -> list[_Load]:
+    """Draw contention and utilisation of every node slot."""
+    return [
+        _NO_LOAD if slot == 0 or kind in _STEADY_NODES else _load(site, streams.of_node(slot), site.model_s(name), load)
+        for slot, name in enumerate(site.candidates.costs.layout.nodes)
+    ]
+
+
+def _load(site: Site, rng: np.random.Generator, model_s: float, load: Load) -> _Load:
+    """Draw contention and utilisation of one node; sizes of background requests vary around one share of the model."""
+    contention, limit = _co_tenant(site, rng), site.ranges.utilisation_max
+    utilisation = rng.uniform(*site.ranges.utilisation) * load(rng, MAX_STEPS)
+    # A co-tenant slows background requests down too: together they may not ask for more than there is.
+    utilisation = np.minimum(np.maximum(utilisation, 0.0), limit / contention)
+    work_s = float(utilisation.sum()) * GRID_S
+    mean_s = max(log_uniform(rng, site.ranges.background_size) * model_s, work_s / (0.9 * MAX_BACKGROUND))
+    return _Load(contention, utilisation, mean_s, float(utilisation @ contention) / MAX_STEPS, rng)
 
 
 def _co_tenant(site: Site, rng: np.random.Generator) -> FloatArray:
     """Contention by a co-tenant that comes and goes: 1 while it is away."""
     on_s, share = log_uniform(rng, site.ranges.co_tenant_on_s), rng.uniform(*site.ranges.co_tenant)
-    lengths = rng.exponential(on_s, size=4 * round(MAX_STEPS * GRID_S / site.ranges.co_tenant_on_s[0]))
-    turns = np.searchsorted(np.cumsum(lengths), GRID_S * np.arange(MAX_STEPS))
-    is_on = (turns + int(rng.integers(2))) % 2 == 0
+    turns = MAX_STEPS * GRID_S / on_s
+    ends_s = np.cumsum(rng.exponential(on_s, size=int(turns + 6.0 * math.sqrt(turns) + 8)))
+    is_on = (np.searchsorted(ends_s, _GRID_ENDS_S[:-1]) + int(rng.integers(2))) % 2 == 0
     return np.where(is_on, 1.0 / (1.0 - share), 1.0)
 
 
-def draw_background(rng: np.random.Generator, utilisation: FloatArray, size_s: float) -> Background:
-    """Poisson arrivals whose rate follows the utilisation on the grid; sizes vary around `size_s`, or more if need be."""
-    work_s = float(utilisation.sum() * GRID_S)
-    mean_s = max(size_s, work_s / (0.9 * MAX_BACKGROUND))
-    expected = work_s / mean_s
-    turns = np.cumsum(rng.exponential(1.0, size=int(expected + 6.0 * np.sqrt(expected) + 8)))
-    turns = turns[turns < expected]
-    done = np.concatenate([[0.0], np.cumsum(utilisation) * (GRID_S / mean_s)])
-    arrivals_s = np.interp(turns, done, GRID_S * np.arange(len(done)))
-    sigma = 0.5
-    service_s = mean_s * np.exp(sigma * rng.standard_normal(len(turns)) - 0.5 * sigma * sigma)
-    return Background(arrivals_s, service_s)
+def draw_background(
+    rng: np.random.Generator, utilisation: FloatArray, size_s: float, until_s: float = math.inf
+) -> Background:
+    """Draw Poisson arrivals whose rate follows the utilisation on the grid, up to an instant.
+
+    Sizes vary around `size_s`, or more where there would be too many.
+    """
+    work_s = np.zeros(MAX_STEPS + 1)
+    np.cumsum(utilisation, out=work_s[1:])
+    work_s *= GRID_S
+    mean_s = max(size_s, float(work_s[-1]) / (0.9 * MAX_BACKGROUND))
+    done = work_s / mean_s
+    expected = float(np.interp(until_s, _GRID_ENDS_S, done))
+    turns = np.cumsum(rng.standard_exponential(int(expected + 6.0 * math.sqrt(expected) + 8)))
+    turns = turns[: np.searchsorted(turns, expected)]
+    arrivals_s = np.interp(turns, done, _GRID_ENDS_S)
+    size = np.exp(_SIZE_SIGMA * rng.standard_normal(len(turns)) - 0.5 * _SIZE_SIGMA**2)
+    return Background(arrivals_s, mean_s * size)
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -237,17 +308,16 @@ def _gap_s(
     kind: str,
     site: Site,
     rng: np.random.Generator,
-    links: tuple[FloatArray, FloatArray, "np.typing.NDArray[np.intp]", FloatArray],
-    nodes: tuple[FloatArray, FloatArray, tuple[Background, ...]],
+    links: tuple[FloatArray, FloatArray, npt.NDArray[np.intp], FloatArray],
+    loads: Sequence[_Load],
     num_clients: int,
 ) -> float:
     """Mean gap between the requests of one client: drawn over the best plan's latency, but no less than it can carry."""
     rate_bps, rtt_s, path, scale = links
-    contention, busy_frac, background = nodes
     link_bps = rate_bps.mean(axis=1)[path] * scale
     link_rtt_s = rtt_s.mean(axis=1)[path]
-    k = contention.mean(axis=1)
-    size_s = np.array([float(b.service_s.mean()) if len(b.service_s) else 0.0 for b in background])
+    k = np.array([load.contention.mean() for load in loads])
+    busy_frac, size_s = np.array([load.busy_frac for load in loads]), np.array([load.mean_s for load in loads])
     wait_s = 0.64 * busy_frac / (1.0 - np.minimum(busy_frac, 0.9)) * size_s * k  # M/G/1, (1 + cv^2) / 2 of the sizes
     costs = site.candidates.costs
     state = blank_states(costs.layout, 1)

@@ -8,11 +8,10 @@ import numpy as np
 from env.reward import EXCESS_WEIGHT, reward_terms
 from env.scenario import Scenario
 from env.site import Site
-from env.spaces import Observation, blank_observations, put_features
+from env.spaces import Observation
 from env.traces import FloatArray
 from env.twin import BoolArray, IntArray, Twin
-from runtime.planning.candidates import NUM_CANDIDATES
-from runtime.planning.features import FeatureEncoder
+from runtime.planning.features import find_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +56,13 @@ class Episodes:
         self.sites, self.scenarios = tuple(sites), tuple(scenarios)
         self.num_requests, self.excess_weight = num_requests, excess_weight
         self._twin = Twin(num_lanes, num_requests + 1)
-        self._encoders = [FeatureEncoder(site.problem) for site in self.sites]
         self._num_plans = np.array([site.candidates.num_plans for site in self.sites])
-        self._scale_s = np.array([encoder.reference_s for encoder in self._encoders])
+        self._scale_s = np.array([find_slots(site.problem, site.candidates).reference_s for site in self.sites])
         self._site_of = np.zeros(num_lanes, dtype=np.int64)
         self._scenario_of = np.zeros(num_lanes, dtype=np.int64)
         self._reference_s = np.zeros((num_lanes, num_requests + 1))
         self._number = np.zeros(num_lanes, dtype=np.int64)
-        self._observations = blank_observations(num_lanes)
+        self._observations: Observation = self._twin.seen._asdict()
 
     def start(
         self, lanes: IntArray, seeds: Sequence[Sequence[int]], places: Sequence[tuple[int, int]] | None = None
@@ -85,7 +83,6 @@ class Episodes:
         self._reference_s[lanes] = self._twin.plan(lanes)
         self._twin.begin(lanes)
         self._number[lanes] = 0
-        self._observe(lanes)
 
     def step(self, lanes: IntArray, actions: IntArray) -> tuple[FloatArray, BoolArray, Completed]:
         """Decide on the request at hand in each of some lanes.
@@ -96,7 +93,6 @@ class Episodes:
         rows = np.where(actions < self._num_plans[self._site_of[lanes]], actions, 0)  # padding repeats the first plan
         is_over, (place, number) = self._twin.step(lanes, rows)
         self._number[lanes] += 1
-        self._observe(lanes)
         ended = lanes[place]
         latency_s, deadline_s, outcome = self._twin.requests(ended, number)
         reference_s, scale_s = self._reference_s[ended, number], self._scale_s[self._site_of[ended]]
@@ -136,18 +132,6 @@ class Episodes:
             self.excess_weight,
         )
         return terms.reshape(num_lanes, width, -1)
-
-    def _observe(self, lanes: IntArray) -> None:
-        """Encode what the lanes' devices know, site by site: the encoder's arrays belong to one problem."""
-        of_lanes = self._site_of[lanes]
-        for at in np.unique(of_lanes).tolist():
-            rows = lanes[of_lanes == at]
-            current = self._twin.known("current", rows)
-            features = self._encoders[at].encode(
-                self._twin.state_arrays(self.sites[at], rows),
-                current=np.where(current < NUM_CANDIDATES, current, -1),  # nodes do not tell which segments they hold
-            )
-            put_features(self._observations, rows, features)
 
     @property
     def observations(self) -> Observation:

@@ -7,6 +7,7 @@ marginal is met by construction and the autocorrelation by the fit of three numb
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -45,15 +46,17 @@ class Family:
 
     def sample(self, rng: np.random.Generator, count: int, step_s: float = GRID_S) -> FloatArray:
         """Draw a trace of `count` steps of `step_s`."""
-        level = rng.standard_normal()
-        fast = _ou(rng, count, step_s, self.fast_s)
-        slow = _ou(rng, count, step_s, self.slow_s)
-        within = np.sqrt(self.fast_var) * fast + np.sqrt(1.0 - self.fast_var) * slow
-        z = np.sqrt(self.level_var) * level + np.sqrt(1.0 - self.level_var) * within
-        values = self.value_at(ndtr(z))
+        noise = rng.standard_normal(1 + 2 * count)
+        fast = _ou(noise[1 : 1 + count], step_s, self.fast_s, (1.0 - self.level_var) * self.fast_var)
+        slow = _ou(noise[1 + count :], step_s, self.slow_s, (1.0 - self.level_var) * (1.0 - self.fast_var))
+        values = self.value_at(ndtr(math.sqrt(self.level_var) * noise[0] + fast + slow))
         if self.out_s:
             values[self._outages(rng, count, step_s)] = self.out_value
         return values
+
+    def sample_one(self, rng: np.random.Generator) -> float:
+        """Draw one instant of a trace that is never out."""
+        return float(self.value_at(ndtr(rng.standard_normal())))
 
     def _outages(self, rng: np.random.Generator, count: int, step_s: float) -> npt.NDArray[np.bool_]:
         """Draw where a trace is out, as if it had begun long ago: long turns are more likely to be under way."""
@@ -78,7 +81,12 @@ class Family:
 
     def value_at(self, probability: FloatArray) -> FloatArray:
         """Read the quantile function between its steps."""
-        return np.interp(probability, np.linspace(0.0, 1.0, len(self.quantiles)), self.quantiles)
+        return np.interp(probability, *self._steps)
+
+    @cached_property
+    def _steps(self) -> tuple[FloatArray, FloatArray]:
+        """Probabilities and values of the quantile function's steps."""
+        return np.linspace(0.0, 1.0, len(self.quantiles)), np.array(self.quantiles)
 
     @property
     def out_frac(self) -> float:
@@ -92,15 +100,17 @@ class Family:
         return self.out_frac * self.out_value + (1.0 - self.out_frac) * up
 
 
-def _ou(rng: np.random.Generator, count: int, step_s: float, time_s: float) -> FloatArray:
-    """Sample a stationary Ornstein-Uhlenbeck process of variance 1."""
-    noise = rng.standard_normal(count)
-    keep = np.exp(-step_s / time_s)
-    noise[1:] *= np.sqrt(1.0 - keep * keep)
-    out: FloatArray = lfilter([1.0], [1.0, -keep], noise)
+def _ou(noise: FloatArray, step_s: float, time_s: float, variance: float) -> FloatArray:
+    """Make a stationary Ornstein-Uhlenbeck process from independent standard normals, which it takes."""
+    keep = math.exp(-step_s / time_s)
+    sigma = math.sqrt(variance)
+    noise[0] *= sigma
+    noise[1:] *= sigma * math.sqrt(1.0 - keep * keep)
+    out: FloatArray = lfilter(_ONE, np.array([1.0, -keep]), noise)
     return out
 
 
+_ONE = np.ones(1)
 _TABLE = Path(__file__).with_name("families.json")
 
 

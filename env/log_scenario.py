@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from env.draw import FIRST_S, MAX_STEPS, draw_background, stream
+from env.draw import FIRST_S, MAX_STEPS, Streams, draw_background
 from env.logs import Computed, Log
 from env.ranges import Ranges
 from env.site import Site, scale_profile
@@ -97,7 +97,8 @@ class LogScenario:
     def world(self, site: Site, seed: int | Sequence[int], num_requests: int) -> World:
         """Draw an episode's world."""
         log, slots = self.log, site.candidates.costs.layout
-        rng = stream(seed, 0, 0)
+        streams = Streams(seed, len(slots.nodes), 1)
+        rng = streams.of_episode()
         from_s = float(rng.uniform(0.0, log.length_s))
         grid_s = from_s + GRID_S * np.arange(MAX_STEPS, dtype=np.float64)
         cloud = site.problem.deployment.cloud
@@ -108,7 +109,7 @@ class LogScenario:
         for slot, name in enumerate(slots.nodes[1:], start=1):
             contention[slot] = np.maximum(self._play(*log.load_factor[name], grid_s, otherwise=1.0), 1.0)
             is_down[slot] = self._play(*log.is_up[name], grid_s, otherwise=1.0) < 0.5
-            background[slot] = self._background(name, grid_s, stream(seed, 2, slot))
+            background[slot] = self._background(name, grid_s, streams.of_node(slot))
         arrivals_s, rows = self._requests(from_s, num_requests)
         return World(
             rate_bps=rate_bps,

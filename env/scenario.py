@@ -59,7 +59,7 @@ class SyntheticScenario:
 
     @staticmethod
     def _load(rng: np.random.Generator, count: int) -> FloatArray:
-        level = load_families()["servegen"].sample(rng, 1)[0]
+        level = load_families()["servegen"].sample_one(rng)
         values: FloatArray = level * load_families()["azurellm2023"].sample(rng, count)
         return values
 

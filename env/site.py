@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -47,10 +48,14 @@ class Site:
 
     def model_s(self, name: str) -> float:
         """Idle seconds of the whole model, from the entry on, on one node."""
-        layer_s = self.problem.profile.nodes[name].layer_s
-        return float(np.sum(layer_s[self.problem.entry :]))
+        return self._model_s[name]
 
-    @property
+    @cached_property
+    def _model_s(self) -> dict[str, float]:
+        entry, nodes = self.problem.entry, self.problem.profile.nodes
+        return {name: float(np.sum(node.layer_s[entry:])) for name, node in nodes.items()}
+
+    @cached_property
     def typical_bytes(self) -> float:
         """Bytes of a typical request's input."""
         graph = self.problem.graph

@@ -7,7 +7,7 @@ probe is a transfer of its bytes; a node that is lost is up again with its next 
 
 from dataclasses import fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from runtime.planning.arrays import StateArrays
 from runtime.planning.candidates import NUM_CANDIDATES
 from runtime.planning.cost import predict_total
 from runtime.planning.estimators import tuned_arrays
+from runtime.planning.features import CANDIDATE_COLUMNS, CONTEXT_COLUMNS, find_slots
 from runtime.planning.problem import check_plan
 from runtime.planning.rows import PlanCosts, compile_plan
 from runtime.types import DEVICE_NODE, Plan, Tier
@@ -50,6 +51,46 @@ def _layers(plan: Plan, tier: Tier, entry: int) -> tuple[int, ...]:
     return tuple(i for i in range(entry, len(plan.tiers)) if plan.tiers[i] is tier)
 
 
+_Segments: TypeAlias = dict[tuple[int, tuple[int, ...]], int]
+"""Numbers of the segments of a lane, by node slot and layers."""
+
+
+def _plans_of(site: Site) -> tuple[layout.Plans, _Segments]:
+    """Work out all that a lane holds of a site."""
+    records, segments = make_records(layout.PLANS, 1), _Segments()
+    plans, slots = records[0], site.candidates.costs.layout
+    plans.num_links, plans.num_nodes = len(slots.links), len(slots.nodes)
+    for at, (source, target) in enumerate(slots.links):
+        plans.link_source[at], plans.link_target[at] = slots.node_slot[source], slots.node_slot[target]
+    plans.reverse[: len(slots.links)] = slots.reverse
+    has_model = site.problem.constraints.device_has_model and DEVICE_NODE in site.problem.profile.nodes
+    plans.local_s = site.model_s(DEVICE_NODE) if has_model else np.inf
+    plans.padding[:NUM_CANDIDATES] = np.arange(NUM_CANDIDATES) >= site.candidates.num_plans
+    plans.padding[NUM_CANDIDATES:] = 1
+    _put_rows(plans, slice(0, NUM_CANDIDATES), site.candidates.costs)
+    for at, plan in enumerate(site.candidates.plans):
+        plans.segment[at] = _number_segments(segments, site, plan)
+    shown = find_slots(site.problem, site.candidates)
+    plans.shown_node, plans.shown_link = shown.nodes, shown.links
+    plans.reference_s, plans.reference_bytes = shown.reference_s, shown.reference_bytes
+    return plans, segments
+
+
+def _put_rows(plans: layout.Plans, where: slice, costs: PlanCosts) -> None:
+    for name in _ROW_FIELDS:
+        plans[name][where] = costs.full(name)
+    plans.needs[where, : costs.needs.shape[1]] = costs.full("needs")
+
+
+def _number_segments(known: _Segments, site: Site, plan: Plan) -> list[int]:
+    """Number the segments of a plan: equal ones of a lane get one number."""
+    slot = site.candidates.costs.layout.node_slot
+    cloud = site.problem.deployment.cloud
+    names = {Tier.DEVICE: DEVICE_NODE, Tier.EDGE: plan.head, Tier.CLOUD: None if cloud is None else cloud.name}
+    keys = ((slot.get(names[tier] or "", 0), _layers(plan, tier, site.problem.entry)) for tier in Tier)
+    return [known.setdefault(key, min(len(known), 3 * ROWS - 1)) for key in keys]
+
+
 class Twin:
     """Lanes side by side: a site and a world each. A lane's number is its place in every array."""
 
@@ -64,18 +105,24 @@ class Twin:
         self.num_requests = num_requests
         self._world = layout.World(
             grid=np.ones((num_lanes, layout.GRID_ROWS, MAX_STEPS)),
-            background=np.zeros((num_lanes, 2 * NODES, MAX_BACKGROUND)),
+            background=np.zeros((num_lanes, 2 * NODES, MAX_BACKGROUND + 1)),
             requests=np.zeros((num_lanes + 1, CLIENTS, layout.REQUEST_ROWS, num_requests)),
         )
         self._plans = make_records(layout.PLANS, num_lanes)
         self._lanes = make_records(layout.LANE, num_lanes + 1)  # the last one is to look ahead in
         self._states = make_records(layout.STATE, num_lanes + 1)
+        self.seen = layout.Seen(
+            candidates=np.zeros((num_lanes, NUM_CANDIDATES * len(CANDIDATE_COLUMNS)), dtype=np.float32),
+            context=np.zeros((num_lanes, len(CONTEXT_COLUMNS)), dtype=np.float32),
+            mask=np.zeros((num_lanes, NUM_CANDIDATES), dtype=np.int8),
+        )
         self._known = self._states.view(np.ndarray)  # reads a field ten times as fast
         self._blank_lane = run.blank_lane()
         self._is_warm = np.zeros((num_lanes, 3 * ROWS), dtype=np.bool_)
         self._ended = np.zeros((2, num_lanes * num_requests), dtype=np.int64)
         self._sites: list[Site | None] = [None] * num_lanes
-        self._segments: list[dict[tuple[int, tuple[int, ...]], int]] = [{} for _ in range(num_lanes)]
+        self._of_sites: dict[Site, tuple[layout.Plans, _Segments]] = {}
+        self._segments: list[_Segments] = [{} for _ in range(num_lanes)]
         self._extra: list[dict[Plan, int]] = [{} for _ in range(num_lanes)]  # rows of other plans, the oldest first
 
     def load(self, lane: int, site: Site, world: World) -> None:
@@ -99,24 +146,11 @@ class Twin:
         self._is_warm[lane, plans.segment[:NUM_CANDIDATES][world.is_warm].ravel()] = True
 
     def _load_site(self, lane: int, site: Site) -> None:
-        slots, plans = site.candidates.costs.layout, self._plans[lane]
-        self._sites[lane], self._segments[lane] = site, {}
-        plans.num_links, plans.num_nodes = len(slots.links), len(slots.nodes)
-        for at, (source, target) in enumerate(slots.links):
-            plans.link_source[at], plans.link_target[at] = slots.node_slot[source], slots.node_slot[target]
-        plans.reverse[: len(slots.links)] = slots.reverse
-        has_model = site.problem.constraints.device_has_model and DEVICE_NODE in site.problem.profile.nodes
-        plans.local_s = site.model_s(DEVICE_NODE) if has_model else np.inf
-        plans.padding[:NUM_CANDIDATES] = np.arange(NUM_CANDIDATES) >= site.candidates.num_plans
-        self._put_rows(lane, slice(0, NUM_CANDIDATES), site.candidates.costs)
-        for at, plan in enumerate(site.candidates.plans):
-            plans.segment[at] = self._segments_of(lane, site, plan)
-
-    def _put_rows(self, lane: int, where: slice, costs: PlanCosts) -> None:
-        plans = self._plans[lane]
-        for name in _ROW_FIELDS:
-            plans[name][where] = costs.full(name)
-        plans.needs[where, : costs.needs.shape[1]] = costs.full("needs")
+        if site not in self._of_sites:
+            self._of_sites[site] = _plans_of(site)
+        plans, segments = self._of_sites[site]
+        self._plans[lane] = plans
+        self._sites[lane], self._segments[lane] = site, segments.copy()
 
     def _load_world(self, lane: int, world: World) -> None:
         plans, grid, background = self._plans[lane], self._world.grid[lane], self._world.background[lane]
@@ -127,9 +161,12 @@ class Twin:
         grid[layout.DOWN : layout.DOWN + num_nodes] = world.is_down
         for node, of_node in enumerate(world.background):
             count = len(of_node.arrivals_s)
-            plans.bg_count[node] = count
             background[node, :count] = of_node.arrivals_s
             background[NODES + node, :count] = of_node.service_s
+            if count and world.background_until_s < np.inf:  # one that never comes: the others do not come again
+                background[node, count] = np.inf
+                count += 1
+            plans.bg_count[node] = count
         plans.path[: len(world.path)], plans.scale[: len(world.path)] = world.path, world.scale
         plans.num_clients, plans.num_requests = clients, requests
         plans.shift[:clients] = world.shift
@@ -137,15 +174,6 @@ class Twin:
         table[:, layout.ARRIVES], table[:, layout.INPUT] = world.arrivals_s, world.input_bytes
         table[:, layout.DEADLINE] = world.deadline_s
         table[:, layout.NOISE : layout.NOISE + 3] = world.noise.transpose(0, 2, 1)
-
-    def _segments_of(self, lane: int, site: Site, plan: Plan) -> list[int]:
-        """Number the segments of a plan: equal ones of a lane get one number."""
-        known = self._segments[lane]
-        slot = site.candidates.costs.layout.node_slot
-        cloud = site.problem.deployment.cloud
-        names = {Tier.DEVICE: DEVICE_NODE, Tier.EDGE: plan.head, Tier.CLOUD: None if cloud is None else cloud.name}
-        keys = ((slot.get(names[tier] or "", 0), _layers(plan, tier, site.problem.entry)) for tier in Tier)
-        return [known.setdefault(key, min(len(known), 3 * ROWS - 1)) for key in keys]
 
     def add_plan(self, lane: int, plan: Plan) -> int:
         """Give any legal plan a row, so that it can be chosen as the candidates are; a lane that stands at a request.
@@ -168,8 +196,8 @@ class Twin:
         if len(extra) == EXTRA_ROWS:
             row = extra.pop(next(iter(extra)))
         extra[plan] = row
-        self._put_rows(lane, slice(row, row + 1), costs)
-        self._plans[lane].segment[row] = self._segments_of(lane, site, plan)
+        _put_rows(self._plans[lane], slice(row, row + 1), costs)
+        self._plans[lane].segment[row] = _number_segments(self._segments[lane], site, plan)
         self._plans[lane].padding[row] = 2
         # The request at hand was weighed before there was this row.
         state = self.state_arrays(site, np.array([lane]))
@@ -234,7 +262,17 @@ class Twin:
         is_over = np.zeros(len(lanes), dtype=np.bool_)
         lanes, rows = np.ascontiguousarray(lanes), np.ascontiguousarray(rows)  # others would be compiled for once more
         count = run.run_lanes(
-            self._world, self._plans, self._lanes, self._states, lanes, rows, mode, is_over, self._ended, looked_s
+            self._world,
+            self._plans,
+            self._lanes,
+            self._states,
+            self.seen,
+            lanes,
+            rows,
+            mode,
+            is_over,
+            self._ended,
+            looked_s,
         )
         return is_over, self._ended[:, :count]
 

@@ -113,10 +113,9 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
         infos: dict[str, Any] = {"completed": completed}
         ended = self._lanes[is_over]
         if len(ended):
-            final = self._copy()
             finals: list[Any] = [None] * self.num_envs
             for lane in ended.tolist():
-                finals[lane] = {name: rows[lane] for name, rows in final.items()}
+                finals[lane] = {name: rows[lane].copy() for name, rows in self._episodes.observations.items()}
             infos["final_obs"], infos["_final_obs"] = _objects(finals), is_over.copy()
             infos["final_info"], infos["_final_info"] = {}, is_over.copy()
             self._start(ended)

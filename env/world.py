@@ -1,5 +1,6 @@
 """An episode's exogenous world: everything that happens whatever is decided."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ DEVICE_CLOUD, BACKBONE, PEERS = 3, 4, 5
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """Requests of others at one node over one period of the world, which then repeats."""
+    """Requests of others at one node over one period of the world, or as much of it as the episode takes."""
 
     arrivals_s: FloatArray  # (M,) ascending
     service_s: FloatArray  # (M,) idle seconds of each
@@ -44,6 +45,7 @@ class World:
     deadline_s: FloatArray  # (C, R)
     noise: FloatArray  # (C, R, 3) factor on the service of each tier
     is_warm: npt.NDArray[np.bool_]  # (K,) candidates whose segments are built at the start
+    background_until_s: float = math.inf  # no background after this; inf: all of a period, which then repeats
 
     @property
     def period_s(self) -> float:

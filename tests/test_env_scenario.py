@@ -97,12 +97,21 @@ def test_best_plan_leaves_every_server_a_tenth_of_its_time(kind, sites):
 
 def test_background_takes_no_more_than_there_is(sites):
     for seed in range(4):
-        world = SyntheticScenario("load").world(sites[0], seed, 20)
+        world = SyntheticScenario("load").world(sites[0], seed, 4000)
+        assert world.background_until_s == np.inf  # the episode takes more than a period
         for node, background in enumerate(world.background):
             busy = background.service_s.sum() * world.contention[node].mean() / world.period_s
             assert busy < 1.2
             assert (np.diff(background.arrivals_s) >= 0).all()
             assert (background.arrivals_s <= world.period_s).all()
+
+
+def test_background_comes_for_as_long_as_the_episode_goes(sites):
+    scenario = SyntheticScenario("load")
+    few, many = scenario.world(sites[1], 3, 10), scenario.world(sites[1], 3, 4000)
+    assert few.background_until_s > few.arrivals_s.max() + few.deadline_s.max()
+    for a, b in zip(few.background, many.background, strict=True):
+        assert np.array_equal(a.arrivals_s, b.arrivals_s[b.arrivals_s < few.background_until_s])
 
 
 @pytest.mark.parametrize("name", NETWORK_FAMILIES)

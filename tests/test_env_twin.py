@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from env.catalogue import make_sites
-from env.draw import SCENARIOS
+from env.draw import MAX_STEPS, SCENARIOS
 from env.kernel import device, hear, life, links, nodes
 from env.scenario import SyntheticScenario
+from env.traces import GRID_S
 from env.twin import OUTCOMES, Twin
 from env.world import World
 from runtime.device import breaker, request
@@ -16,6 +17,7 @@ from runtime.node import load, worker
 from runtime.node.config import WorkerConfig
 from runtime.planning.cost import predict_total
 from runtime.planning.estimators import tuned_arrays
+from runtime.planning.features import FeatureEncoder
 from runtime.planning.policies.planner import build_planner
 from runtime.types import Plan
 from runtime.wire import link
@@ -130,6 +132,17 @@ def test_background_requests_hold_the_node(site):
     assert latency_s == pytest.approx([EDGE_LATENCY_S + 0.39], abs=1e-9)  # the one that came later waits
 
 
+@pytest.mark.parametrize("until_s", [50.0, np.inf])
+def test_background_comes_again_after_a_period_unless_it_was_drawn_in_part(site, until_s):
+    node = site.candidates.costs.layout.node_slot["edge0"]
+    reach = 2.0 + UP_S + HALF_S
+    again = 2.0 + MAX_STEPS * GRID_S
+    world = still_world(site, [2.0, again, again + 9.0], background={node: ([reach - 0.01], [0.4])})
+    latency_s, _ = play(Twin(1, 3), site, replace(world, background_until_s=until_s), [EDGE_ONLY] * 2)
+    late_s = 0.39 if until_s == np.inf else 0.0
+    assert latency_s == pytest.approx([EDGE_LATENCY_S + 0.39, EDGE_LATENCY_S + late_s], abs=1e-6)
+
+
 def test_contention_multiplies_service(site):
     world = still_world(site, [2.0, 9.0])
     world.contention[site.candidates.costs.layout.node_slot["edge0"]] = 3.0
@@ -201,9 +214,9 @@ def test_brute_force_finds_the_optimum_that_is_known(site):
 @pytest.fixture(scope="module")
 def rollouts():
     """Random plans through every scenario, with what was known at each step."""
-    sites = make_sites(("random:3", "torchvision:resnet18"))
-    twin, seen = Twin(2, 13), []
-    lanes, rng = np.arange(2), np.random.default_rng(3)
+    sites = make_sites(("random:3", "torchvision:resnet18", "random:5"), seed=6)  # 1, 3 and 2 edge nodes
+    lanes, rng = np.arange(len(sites)), np.random.default_rng(3)
+    twin, seen = Twin(len(sites), 13), []
     for kind in SCENARIOS:
         for lane, place in enumerate(sites):
             twin.load(lane, place, SyntheticScenario(kind).world(place, (5, lane), 13))
@@ -211,16 +224,34 @@ def rollouts():
         for _ in range(12):
             for lane, place in enumerate(sites):
                 at = np.array([lane])
-                seen.append((place, twin.state_arrays(place, at), twin.known("total_s", at)[0, :32].copy()))
+                shown = [rows[lane].copy() for rows in twin.seen]
+                known = [twin.known(name, at) for name in ("current", "warm", "total_s")]
+                seen.append(
+                    (
+                        place,
+                        twin.state_arrays(place, at),
+                        *(rows[:, :32] if rows.ndim > 1 else rows for rows in known),
+                        shown,
+                    )
+                )
             twin.step(lanes, np.array([rng.integers(place.candidates.num_plans) for place in sites]))
     return seen
 
 
 def test_compiled_prediction_equals_that_of_planning(rollouts):
-    for place, state, total_s in rollouts:
+    for place, state, _, _, total_s, _ in rollouts:
         expected = predict_total(place.candidates.costs, tuned_arrays(state), state)[0]
         count = place.candidates.num_plans
-        assert total_s[:count] == pytest.approx(expected[:count], rel=1e-9)
+        assert total_s[0, :count] == pytest.approx(expected[:count], rel=1e-9)
+
+
+def test_what_is_shown_equals_what_the_encoder_of_planning_makes_of_the_state(rollouts):
+    assert {place.num_edges for place, *_ in rollouts} == {1, 2, 3}
+    for place, state, current, warm, _, (rows, context, mask) in rollouts:
+        expected = FeatureEncoder(place.problem).encode(state, current=np.where(current < 32, current, -1), warm=warm)
+        assert np.abs(rows - expected.candidates.ravel()).max() < 1e-6
+        assert np.abs(context - expected.context[0]).max() < 1e-6
+        assert (mask == expected.mask[0]).all()
 
 
 def test_reference_is_the_planner_of_planning():
@@ -238,7 +269,7 @@ def test_reference_is_the_planner_of_planning():
 
 
 def test_what_a_state_holds_is_what_a_device_can_know(rollouts):
-    for _, state, _ in rollouts:
+    for _, state, *_ in rollouts:
         assert (state.sample_age_s >= 0).all()
         assert (np.diff(state.sample_age_s, axis=-1) >= 0).all()
         assert (state.node_age_s >= 0).all()

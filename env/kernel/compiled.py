@@ -26,8 +26,8 @@ def constants(count: int) -> tuple[int, ...]:
 (ZERO,) = constants(1)
 
 
-_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True}
-"""Never called from Python, so numba need not make them callable; its types do not know that option."""
+_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Never called from Python or C, so numba need not make them callable; its types do not know these options."""
 
 
 def compiled(function: Function) -> Function:
@@ -38,19 +38,52 @@ def compiled(function: Function) -> Function:
 def entry(function: Function) -> Function:
     """Compile a function that is called from Python, and keep the machine code on disk for the next process."""
     settings: Any = numba.config
-    before = settings.CACHE_DIR
-    settings.CACHE_DIR = before or _FOLDER
+    before = settings.CACHE_LOCATOR_CLASSES
+    settings.CACHE_LOCATOR_CLASSES = before or f"{__name__}.{ByContent.__name__},UserWideCacheLocator"
     try:
         return cast(Function, numba.njit(function, cache=True, error_model="numpy"))
     finally:
-        settings.CACHE_DIR = before
+        settings.CACHE_LOCATOR_CLASSES = before
+
+
+class ByContent:
+    """Tells numba where to keep machine code: in a folder that is named by the content of all sources.
+
+    Its own ways take the path of one file: each checkout would compile anew, and changes elsewhere go unnoticed.
+    """
+
+    @classmethod
+    def from_function(cls, function: Callable[..., Any], file: str) -> "ByContent | None":
+        """Choose the folder; none where it cannot be made."""
+        del function, file
+        try:
+            Path(_FOLDER).mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return None
+        return cls()
+
+    def ensure_cache_path(self) -> None:
+        """Nothing more to do."""
+
+    def get_cache_path(self) -> str:
+        """Folder of the files."""
+        return _FOLDER
+
+    def get_source_stamp(self) -> str:
+        """Tell of which sources they are."""
+        return _FOLDER
+
+    def get_disambiguator(self) -> str:
+        """One function of a name is all there is."""
+        return "0"
 
 
 def _cache_folder() -> str:
-    """Folder of the machine code, by content of the sources: numba itself notices changes in one file only."""
+    """Folder of the machine code, by content of the sources."""
     here = Path(__file__).parent
     planning = here.parent.parent / "runtime" / "planning"
-    sources = [*sorted(here.glob("*.py")), here.parent / "traces.py", planning / "estimators.py"]
+    names = ("arrays.py", "candidates.py", "cost.py", "estimators.py", "features.py")  # their constants are compiled in
+    sources = [*sorted(here.glob("*.py")), here.parent / "traces.py", *(planning / name for name in names)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return str(base / "offcut" / f"kernel-{digest}")

@@ -1,16 +1,29 @@
 """What a device knows when a request comes, and what the planner makes of it.
 
-`read_state` writes what `runtime.planning.arrays.StateArrays` holds; `weigh` is `tuned_arrays` and `predict_total` of
+`read_state` writes what `runtime.planning.arrays.StateArrays` holds; `weigh` is `tuned_arrays` and `predict` of
 `runtime.planning` for one lane, whose plans differ from the next lane's. A test holds the two equal.
 """
 
 import math
 
-import numpy as np
-
 from env.kernel.compiled import compiled
-from env.kernel.layout import ARRIVES, DEADLINE, INPUT, METER, ROWS, SAMPLES, Lane, Plans, State, World
+from env.kernel.layout import (
+    ARRIVES,
+    DEADLINE,
+    INPUT,
+    METER,
+    NODES,
+    ROWS,
+    SAMPLES,
+    SHOWN_LINKS,
+    Lane,
+    Plans,
+    State,
+    World,
+)
 from env.kernel.links import LINK_QUEUE, hop_bytes, rtt_at, server_of
+from runtime.planning.candidates import NUM_CANDIDATES
+from runtime.planning.cost import PARTS
 from runtime.planning.estimators import MIN_BANDWIDTH_BPS, NOMINAL_BANDWIDTH_BPS, NOMINAL_RTT_S, TunedSettings
 
 NEVER_S = 1e9
@@ -20,6 +33,10 @@ _MEAN_WEIGHT = _TUNED.mean_weight
 _STALE_S = _TUNED.stale_after_s
 _LOAD_RATE = -1.0 / _TUNED.load_time_s
 _ARRIVALS = 8
+_TRANSFERS = PARTS.index("uplink")  # and the three after it
+_ROUND_TRIPS, _CODEC, _MESSAGES = PARTS.index("round_trips"), PARTS.index("codec"), PARTS.index("messages")
+_WAIT_DEVICE, _WAIT_UPLINK = PARTS.index("wait_device"), PARTS.index("wait_uplink")
+_WAIT_BACKBONE, _WAIT_NODES = PARTS.index("wait_backbone"), PARTS.index("wait_nodes")
 
 
 @compiled
@@ -50,7 +67,14 @@ def read_state(w: World, r: Plans, s: Lane, out: State, client: int) -> None:
     for back in range(SAMPLES):
         out.recent_errors[back] = s.errors[client, (count - 1 - back) % SAMPLES] if back < count else math.nan
     out.current = s.in_force[client]
+
+
+@compiled
+def read_warm(r: Plans, s: Lane, out: State) -> None:
+    """Write which plans' segments are built."""
     for row in range(ROWS):
+        if r.padding[row] == 1 and row >= NUM_CANDIDATES:
+            continue
         is_warm = True
         for tier in range(3):
             if r.has_layers[row, tier] > 0.0 and not s.is_warm[r.segment[row, tier]]:
@@ -72,6 +96,7 @@ def _read_link(w: World, r: Plans, s: Lane, out: State, client: int, link: int) 
     for at in range(SAMPLES):
         k = (count - 1 - skip - min(at, max(known - 1, 0))) % METER
         out.bandwidth_bps[link, at] = s.meter_bps[server, k] if known > 0 else math.nan
+        out.log_bps[link, at] = s.meter_log_bps[server, k]
         out.sample_age_s[link, at] = now_s - s.meter_s[server, k] if at < known else NEVER_S
     newest = (count - 1 - skip) % METER
     out.mean_bandwidth_bps[link] = math.exp(s.meter_log_mean[server, newest]) if known > 0 else math.nan
@@ -116,43 +141,64 @@ def remainder_s(r: Plans, s: Lane, slot: int) -> float:
 @compiled
 def weigh(r: Plans, x: State) -> int:
     """Predict every plan's latency from a state, under the tuned estimators; gives the planner's choice."""
-    num_links, num_nodes = r.num_links, r.num_nodes
-    s_per_byte, half_rtt_s = np.empty(num_links), np.empty(num_links)
-    for link in range(num_links):
-        s_per_byte[link] = _tuned_bps(x, link)
-        half_rtt_s[link] = x.rtt_s[link]
-    for link in range(num_links):
-        if math.isnan(half_rtt_s[link]):
-            opposite = x.rtt_s[r.reverse[link]]
-            half_rtt_s[link] = NOMINAL_RTT_S if math.isnan(opposite) else opposite
-    for link in range(num_links):
-        if math.isnan(s_per_byte[link]):
-            opposite = _tuned_bps(x, r.reverse[link])
-            s_per_byte[link] = NOMINAL_BANDWIDTH_BPS if math.isnan(opposite) else opposite
-    for link in range(num_links):
-        s_per_byte[link] = 8.0 / s_per_byte[link]
-        half_rtt_s[link] *= 0.5
-    k, q_s = np.empty(num_nodes), np.empty(num_nodes)
-    for node in range(num_nodes):
-        decay = math.exp(max(x.node_age_s[node] - _STALE_S, 0.0) * _LOAD_RATE)
-        known_k, known_q = x.load_factor[node], x.queue_delay_s[node]
-        k[node] = 1.0 + decay * ((1.0 if math.isnan(known_k) else max(known_k, 1.0)) - 1.0)
-        q_s[node] = decay * (0.0 if math.isnan(known_q) else max(known_q, 0.0))
-    best, best_down, best_s = 0, math.inf, math.inf
+    believe(r, x)
+    best, best_down, best_s = 0, NODES + 1, math.inf
     for row in range(ROWS):
         if r.padding[row] == 1:
             x.total_s[row] = math.inf
             continue
-        x.total_s[row] = total = _total_s(r, x, row, s_per_byte, half_rtt_s, k, q_s)
+        x.total_s[row] = total = predict(r, x, row)
         if r.padding[row] == 2:
             continue
-        down = 0.0
-        for node in range(num_nodes):
-            if r.needs[row, node] > 0.0 and not x.is_up[node]:
-                down += 1.0
+        down = nodes_down(r, x, row)
         if down < best_down or (down == best_down and total < best_s):
             best, best_down, best_s = row, down, total
     return best
+
+
+@compiled
+def nodes_down(r: Plans, x: State, row: int) -> int:
+    """How many of the nodes that a plan needs are down."""
+    down = 0
+    for node in range(r.num_nodes):
+        if r.needs[row, node] > 0.0 and not x.is_up[node]:
+            down += 1
+    return down
+
+
+@compiled
+def believe(r: Plans, x: State) -> None:
+    """Work out what the tuned estimators believe of links and nodes, unknown links completed."""
+    for shown in range(SHOWN_LINKS):  # no plan here takes another
+        link = r.shown_link[shown]
+        if link >= 0:
+            x.s_per_byte[link] = _tuned_bps(x, link)
+            x.half_rtt_s[link] = x.rtt_s[link]
+    for shown in range(SHOWN_LINKS):
+        link = r.shown_link[shown]
+        if link >= 0:
+            _complete(x, link, r.reverse[link])
+    for shown in range(SHOWN_LINKS):
+        link = r.shown_link[shown]
+        if link >= 0:
+            x.s_per_byte[link] = 8.0 / x.s_per_byte[link]
+            x.half_rtt_s[link] *= 0.5
+    for node in range(r.num_nodes):
+        decay = math.exp(max(x.node_age_s[node] - _STALE_S, 0.0) * _LOAD_RATE)
+        known_k, known_q = x.load_factor[node], x.queue_delay_s[node]
+        x.k[node] = 1.0 + decay * ((1.0 if math.isnan(known_k) else max(known_k, 1.0)) - 1.0)
+        x.q_s[node] = decay * (0.0 if math.isnan(known_q) else max(known_q, 0.0))
+
+
+@compiled
+def _complete(x: State, link: int, reverse: int) -> None:
+    """Take what is not known of a link from its opposite, else the nominal values."""
+    if math.isnan(x.half_rtt_s[link]):
+        opposite = x.rtt_s[reverse]
+        x.half_rtt_s[link] = NOMINAL_RTT_S if math.isnan(opposite) else opposite
+    if math.isnan(x.s_per_byte[link]):
+        opposite = _tuned_bps(x, reverse)
+        x.s_per_byte[link] = NOMINAL_BANDWIDTH_BPS if math.isnan(opposite) else opposite
 
 
 @compiled
@@ -171,7 +217,7 @@ def _tuned_bps(x: State, link: int) -> float:
                 break
             relative = math.exp((age_s - newest_s) * _RATE)
             weight += relative
-            total += relative * math.log(max(x.bandwidth_bps[link, n], MIN_BANDWIDTH_BPS))
+            total += relative * x.log_bps[link, n]
         log_rate = total / weight
         weight *= math.exp(newest_s * _RATE)
         trust = weight / (weight + _MEAN_WEIGHT)
@@ -183,38 +229,39 @@ def _tuned_bps(x: State, link: int) -> float:
 
 
 @compiled
-def _total_s(
-    r: Plans,
-    x: State,
-    row: int,
-    s_per_byte: "np.ndarray[tuple[int], np.dtype[np.float64]]",
-    half_rtt_s: "np.ndarray[tuple[int], np.dtype[np.float64]]",
-    k: "np.ndarray[tuple[int], np.dtype[np.float64]]",
-    q_s: "np.ndarray[tuple[int], np.dtype[np.float64]]",
-) -> float:
-    """Predicted latency of one plan, term by term as `runtime.planning.cost.predict` has it."""
-    total = r.plain_codec_s[row] + r.message_s[row]
+def predict(r: Plans, x: State, row: int) -> float:
+    """Predict the latency of one plan, part by part (`State.parts`) as `runtime.planning.cost.predict` has it."""
+    parts = x.parts
+    round_trips_s, codec_s, queue_s = 0.0, r.plain_codec_s[row], 0.0
     for tier in range(3):
         node = r.node[row, tier]
-        total += k[node] * r.idle_s[row, tier]
-        if tier > 0:
-            total += q_s[node] * r.has_layers[row, tier]
-    total += x.device_backlog_s * r.has_layers[row, 0]
+        parts[tier] = x.k[node] * r.idle_s[row, tier]
+        queue_s += x.q_s[node] * r.has_layers[row, tier]
     is_coded = False
     for hop in range(4):
+        parts[_TRANSFERS + hop] = 0.0
         if r.has_hop[row, hop] == 0.0:
             continue
         link = r.link[row, hop]
-        saved_s = r.saved_bytes[row, hop] * s_per_byte[link]
+        saved_s = r.saved_bytes[row, hop] * x.s_per_byte[link]
         if hop % 2 == 0 or r.is_relayed[row] == 0.0:
             is_coded = saved_s > r.coding_s[row, hop]
         sent = r.plain_bytes[row, hop] + r.has_input[row, hop] * x.input_bytes
-        total += sent * s_per_byte[link] + half_rtt_s[link]
+        parts[_TRANSFERS + hop] = sent * x.s_per_byte[link]
+        round_trips_s += x.half_rtt_s[link]
         if is_coded:
-            total += r.coding_s[row, hop] - saved_s
+            parts[_TRANSFERS + hop] -= saved_s
+            codec_s += r.coding_s[row, hop]
+    parts[_ROUND_TRIPS], parts[_CODEC] = round_trips_s, codec_s
+    parts[_WAIT_DEVICE] = x.device_backlog_s * r.has_layers[row, 0]
+    parts[_WAIT_UPLINK] = parts[_WAIT_BACKBONE] = 0.0
     if r.has_hop[row, 0] > 0.0:
-        wait_s = x.uplink_backlog_bytes * s_per_byte[r.link[row, 0]]
-        total += max(wait_s - k[r.node[row, 0]] * r.idle_s[row, 0], 0.0)
+        wait_s = x.uplink_backlog_bytes * x.s_per_byte[r.link[row, 0]]
+        parts[_WAIT_UPLINK] = max(wait_s - parts[0], 0.0)
     if r.has_hop[row, 1] > 0.0:
-        total += x.backlog_bytes[r.link[row, 1]] * s_per_byte[r.link[row, 1]]
+        parts[_WAIT_BACKBONE] = x.backlog_bytes[r.link[row, 1]] * x.s_per_byte[r.link[row, 1]]
+    parts[_WAIT_NODES], parts[_MESSAGES] = queue_s, r.message_s[row]
+    total = 0.0
+    for part in range(len(PARTS)):
+        total += parts[part]
     return float(total)

@@ -52,9 +52,21 @@ def is_current(s: Lane, at: int) -> bool:
 
 
 @compiled
-def earliest(s: Lane) -> int:
-    """Index of the next event, -1 without one."""
-    best, best_s = -1, np.inf
+def take_next(s: Lane) -> tuple[int, int]:
+    """Go on to the next event that still means anything, and take it out: its kind, and what it is of."""
+    while True:
+        at = _earliest(s)
+        at_s, kind, what = s.event_s[at], s.event_kind[at], s.event_id[at]
+        is_valid = is_current(s, at)
+        _remove(s, at)
+        if is_valid:
+            s.now_s = at_s
+            return kind, what
+
+
+@compiled
+def _earliest(s: Lane) -> int:
+    best, best_s = 0, np.inf
     for at in range(s.event_count):
         if s.event_s[at] < best_s:
             best_s = s.event_s[at]
@@ -63,7 +75,7 @@ def earliest(s: Lane) -> int:
 
 
 @compiled
-def remove(s: Lane, at: int) -> None:
+def _remove(s: Lane, at: int) -> None:
     """Take an event out; the order of the others stays."""
     last = s.event_count - 1
     for k in range(at, last):

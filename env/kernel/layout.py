@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from runtime.planning.cost import PARTS
+
 EDGES = 3
 NODES = EDGES + 2
 LINKS = NODES * (NODES - 1)
@@ -33,6 +35,9 @@ TICKS = 10
 
 SERVERS = CLIENTS * LINKS
 """Servers of links: `client * LINKS + link` for a link of a device, `link` for one that clients share."""
+
+SHOWN_NODES, SHOWN_LINKS = EDGES + 2, 4 * EDGES + 2
+"""What policies see: of links, those to and from the device and the cloud."""
 
 PATHS = 6
 RTT, CONTENTION, DOWN = PATHS, 2 * PATHS, 2 * PATHS + NODES
@@ -61,6 +66,14 @@ class World(NamedTuple):
     requests: Any  # (CLIENTS, REQUEST_ROWS, R)
 
 
+class Seen(NamedTuple):
+    """Observations, of all lanes (`runtime.planning.features`). K candidates."""
+
+    candidates: Any  # (lanes, K * columns) float32
+    context: Any  # (lanes, columns) float32
+    mask: Any  # (lanes, K) int8
+
+
 _I, _F, _B = np.int64, np.float64, np.uint8  # numba takes no array of bool inside a record
 
 _Table: TypeAlias = list[tuple[Any, ...]]
@@ -83,7 +96,11 @@ PLANS = np.dtype(
     + _fields(_I, "num_links num_nodes num_clients num_requests")
     + _fields(_I, "shift", CLIENTS)
     + _fields(_I, "bg_count", NODES)
-    + _fields(_F, "local_s"),  # whole model on the device; inf where it has none
+    + _fields(_F, "local_s")  # whole model on the device; inf where it has none
+    # What is shown to a policy (`runtime.planning.features.Slots`).
+    + _fields(_I, "shown_node", SHOWN_NODES)
+    + _fields(_I, "shown_link", SHOWN_LINKS)
+    + _fields(_F, "reference_s reference_bytes"),
     align=True,
 )
 """Plans of a lane (`runtime.planning.rows.PlanCosts`), and what else stands still during an episode."""
@@ -105,7 +122,7 @@ LANE = np.dtype(
     # Links: what is in flight (-1 nothing, -2 a probe), and what their senders measured.
     + _fields(_I, "link_slot link_version meter_count", SERVERS)
     + _fields(_F, "link_start_s link_bytes", SERVERS)
-    + _fields(_F, "meter_s meter_bps meter_log_mean", SERVERS, METER)
+    + _fields(_F, "meter_s meter_bps meter_log_bps meter_log_mean", SERVERS, METER)
     # Nodes: the request that runs, when all that has started is done, background requests taken in, jobs started,
     # service of all started; and the same as of the last start of a request.
     + _fields(_I, "node_slot node_version node_bg node_jobs saved_bg saved_jobs", NODES)
@@ -122,14 +139,18 @@ LANE = np.dtype(
 """Everything that changes during an episode."""
 
 STATE = np.dtype(
-    _fields(_F, "bandwidth_bps sample_age_s", LINKS, SAMPLES)
+    _fields(_F, "bandwidth_bps log_bps sample_age_s", LINKS, SAMPLES)
     + _fields(_F, "mean_bandwidth_bps rtt_s backlog_bytes rate_cap_bps", LINKS)
     + _fields(_B, "is_up", NODES)
     + _fields(_F, "load_factor queue_delay_s queue_length utilisation_frac node_age_s", NODES)
     + _fields(_F, "device_backlog_s uplink_backlog_bytes request_rate_hz input_bytes deadline_s")
     + _fields(_F, "recent_errors", SAMPLES)
     + _fields(_I, "current")  # row in force, -1 for none
-    + _fields(_F, "warm total_s", ROWS),  # total_s: predicted by the planner
+    + _fields(_F, "warm total_s", ROWS)  # total_s: predicted by the planner
+    # What the planner believes, and the parts of the prediction it made last.
+    + _fields(_F, "s_per_byte half_rtt_s", LINKS)
+    + _fields(_F, "k q_s", NODES)
+    + _fields(_F, "parts", len(PARTS)),
     align=True,
 )
 """What a device has measured when a request comes, as `runtime.planning.arrays.StateArrays` has it, and more."""

@@ -9,6 +9,7 @@ from env.kernel.compiled import compiled, constants
 from env.kernel.events import DELAY, LINK, next_sequence, push
 from env.kernel.layout import DOWN, INPUT, LINKS, METER, RTT, Lane, Plans, World
 from env.traces import GRID_S
+from runtime.planning.estimators import MIN_BANDWIDTH_BPS
 
 NOWHERE, DEVICE_QUEUE, LINK_QUEUE, LINK_FLIGHT, NODE_QUEUE, NODE_RUN, DELAYED = constants(7)
 """Places of a request's remote part (`Lanes.place`)."""
@@ -92,6 +93,7 @@ def add_sample(s: Lane, server: int, at_s: float, nbytes: float, elapsed_s: floa
         mean = before + (mean - before) / min(count + 1, _MEAN_SAMPLES)
     s.meter_s[server, count % METER] = at_s
     s.meter_bps[server, count % METER] = bps
+    s.meter_log_bps[server, count % METER] = math.log(max(bps, MIN_BANDWIDTH_BPS))
     s.meter_log_mean[server, count % METER] = mean
     s.meter_count[server] = count + 1
 

@@ -6,6 +6,7 @@ given up while it runs.
 """
 
 import math
+from typing import Any
 
 from env.kernel.compiled import compiled
 from env.kernel.events import NODE, next_sequence, push
@@ -20,6 +21,9 @@ WINDOW_S = 5.0
 WINDOW_LENGTH = 16
 LOAD_FACTOR_MAX = 100.0
 """As in `runtime.node.load`."""
+
+Ring = Any
+"""One column of all nodes' last jobs."""
 
 COLD_S = 0.02
 """Building a segment, besides a first run that takes twice as long. Guess: tens of milliseconds were seen."""
@@ -89,9 +93,10 @@ def queue_length(w: World, r: Plans, s: Lane, node: int, at_s: float) -> int:
     if waiting == 0:
         take_background(w, r, s, node, at_s)
     jobs = s.node_jobs[node]
-    for at in range(max(jobs - RING, 0), jobs):
-        if s.ring_start_s[node, at % RING] > at_s:
-            waiting += 1
+    for back in range(1, min(jobs, RING) + 1):
+        if s.ring_start_s[node, (jobs - back) % RING] <= at_s:
+            break  # nor does any before it wait
+        waiting += 1
     index = s.node_bg[node]
     while _background_at(w, r, node, index) < at_s and waiting < 2 * RING:
         waiting += 1
@@ -192,31 +197,30 @@ def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
 @compiled
 def load_factor(s: Lane, node: int, at_s: float) -> float:
     """K as `runtime.node.load.NodeLoad` has it: mean ratio of the last segments that ended in the window."""
-    total, count = 0.0, 0
-    jobs = s.node_jobs[node]
-    for back in range(1, min(jobs, RING) + 1):
-        at = (jobs - back) % RING
-        if s.ring_end_s[node, at] <= at_s:
-            if s.ring_end_s[node, at] < at_s - WINDOW_S or count == WINDOW_LENGTH:
-                break
-            total += s.ring_ratio[node, at]
-            count += 1
-    return float(min(max(total / count, 1.0), LOAD_FACTOR_MAX)) if count > 0 else 1.0
+    mean = _window_mean(s, node, at_s, s.ring_end_s, s.ring_ratio)
+    return 1.0 if math.isnan(mean) else float(min(max(mean, 1.0), LOAD_FACTOR_MAX))
 
 
 @compiled
 def queue_delay_s(s: Lane, node: int, at_s: float) -> float:
     """q: mean wait of the requests that started in the window."""
+    mean = _window_mean(s, node, at_s, s.ring_start_s, s.ring_wait_s)
+    return 0.0 if math.isnan(mean) else float(mean)
+
+
+@compiled
+def _window_mean(s: Lane, node: int, at_s: float, when_s: Ring, what: Ring) -> float:
+    """Mean of one column over a node's last jobs by an instant, of those in the window; NaN without any."""
     total, count = 0.0, 0
     jobs = s.node_jobs[node]
     for back in range(1, min(jobs, RING) + 1):
         at = (jobs - back) % RING
-        if s.ring_start_s[node, at] <= at_s:
-            if s.ring_start_s[node, at] < at_s - WINDOW_S or count == WINDOW_LENGTH:
+        if when_s[node, at] <= at_s:
+            if when_s[node, at] < at_s - WINDOW_S or count == WINDOW_LENGTH:
                 break
-            total += s.ring_wait_s[node, at]
+            total += what[node, at]
             count += 1
-    return float(total / count) if count > 0 else 0.0
+    return total / count if count > 0 else math.nan
 
 
 @compiled

@@ -11,9 +11,9 @@ from typing import Any
 from env.kernel import device as dev
 from env.kernel import links, nodes
 from env.kernel.compiled import ZERO, compiled, constants, entry
-from env.kernel.decide import read_state, weigh
+from env.kernel.decide import read_state, read_warm, weigh
 from env.kernel.device import LOCAL_NONE
-from env.kernel.events import ARRIVAL, DELAY, DEVICE, GUARD, LINK, NODE, earliest, is_current, push, remove
+from env.kernel.events import ARRIVAL, DELAY, DEVICE, GUARD, LINK, NODE, push, take_next
 from env.kernel.hear import FIRST_PROBE_BYTES, hear_reply, tick
 from env.kernel.layout import (
     ARRIVES,
@@ -24,6 +24,7 @@ from env.kernel.layout import (
     LINKS,
     Lane,
     Plans,
+    Seen,
     State,
     World,
     make_records,
@@ -48,6 +49,7 @@ from env.kernel.links import (
     DO_SEND,
     NOWHERE,
 )
+from env.kernel.show import show
 from env.traces import GRID_S
 
 Array = Any
@@ -215,18 +217,12 @@ def _advance(w: World, r: Plans, s: Lane, x: State, other: State, is_planned: bo
     """
     is_last = False
     while True:
-        at = earliest(s)
-        at_s, kind, what = s.event_s[at], s.event_kind[at], s.event_id[at]
-        is_valid = is_current(s, at)
-        remove(s, at)
-        if not is_valid:
-            continue
-        s.now_s = at_s
+        kind, what = take_next(s)
         if kind != ARRIVAL:
             _handle(w, r, s, kind, what)
         elif what == 0 and (not is_planned or s.next_request[0] + 1 == r.num_requests):
             read_state(w, r, s, x, ZERO)
-            weigh(r, x)
+            read_warm(r, s, x)
             is_last = s.next_request[0] + 1 == r.num_requests
             if not is_last:
                 return False
@@ -262,13 +258,7 @@ def _follow(w: World, r: Plans, s: Lane, total_s: float, other: State, rows: Arr
     stop = min(first + len(rows), r.num_requests - 1)
     submit(w, r, s, ZERO, rows[0], total_s)
     while s.next_request[0] < stop or _has_requests(s):
-        at = earliest(s)
-        at_s, kind, what = s.event_s[at], s.event_kind[at], s.event_id[at]
-        is_valid = is_current(s, at)
-        remove(s, at)
-        if not is_valid:
-            continue
-        s.now_s = at_s
+        kind, what = take_next(s)
         if kind != ARRIVAL:
             _handle(w, r, s, kind, what)
         elif s.next_request[what] < (stop if what == 0 else r.num_requests):
@@ -301,6 +291,7 @@ def run_lanes(
     plans: Array,
     lanes: Array,
     states: Array,
+    seen: Seen,
     chosen: Array,
     rows: Array,
     mode: int,
@@ -315,6 +306,7 @@ def run_lanes(
         plans: records of `PLANS`.
         lanes: records of `LANE`; blank ones for `BEGIN` and `PLAN`.
         states: records of `STATE`, one more than lanes: the last is for the other clients.
+        seen: takes the observations of the requests then at hand, unless the mode is `PLAN`.
         chosen: numbers of the lanes.
         rows: plan of client 0's request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of those that follow,
             shape (chosen, how many), below 0 where the planner decides.
@@ -342,6 +334,8 @@ def run_lanes(
         else:
             _begin(world, r, s)
         is_over[at] = _advance(world, r, s, x, states[-1], mode == PLAN)
+        if mode != PLAN:
+            show(r, x, seen.candidates[b], seen.context[b], seen.mask[b])
         for index in range(s.done_count):
             ended[0, num_ended], ended[1, num_ended] = at, int(world.requests[0, DONE, index])
             num_ended += 1

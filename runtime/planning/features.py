@@ -55,7 +55,7 @@ _HELD = PARTS[:4]  # device, edge, cloud, uplink: what one request holds and oth
 class _Given:
     """What the rows of the table read. B: batch, K: candidates, N and L: node and link slots of the layout."""
 
-    slots: "_Slots"
+    slots: "Slots"
     state: StateArrays
     readings: ReadingsArrays
     parts: FloatArray  # (B, K, parts)
@@ -68,7 +68,7 @@ class _Given:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Slots:
+class Slots:
     """Where the shown slots are in a problem's layout, and what times and bytes are measured in."""
 
     nodes: IntArray  # (shown nodes,) slot in the layout, -1 where there is none
@@ -247,23 +247,23 @@ class FeatureEncoder:
     def __init__(self, problem: PlanningProblem) -> None:
         self.candidates: Candidates = candidates(problem)
         self.layout: Layout = self.candidates.costs.layout
-        self._slots = _find_slots(problem, self.candidates)
+        self.slots = find_slots(problem, self.candidates)
         self._by_id = {id(plan): index for plan, index in self.candidates.index.items()}
         self._scales = (
             _scale(CANDIDATE_FEATURES, self.reference_s, NUM_CANDIDATES),
             _scale(CONTEXT_FEATURES, self.reference_s, 1),
         )
-        self._context = _Gather.of(self._slots, self.layout)
+        self._context = _Gather.of(self.slots, self.layout)
 
     @property
     def reference_s(self) -> float:
         """What times are shown in units of: the best latency on idle nodes at nominal rates."""
-        return self._slots.reference_s
+        return self.slots.reference_s
 
     @property
     def reference_bytes(self) -> float:
         """What bytes are shown in units of: those of a typical input."""
-        return self._slots.reference_bytes
+        return self.slots.reference_bytes
 
     def encode(
         self,
@@ -286,7 +286,7 @@ class FeatureEncoder:
         parts = predict_complete(self.candidates.costs, readings, state)
         penalty = self.candidates.penalty(state)
         given = _Given(
-            slots=self._slots,
+            slots=self.slots,
             state=state,
             readings=readings,
             parts=parts,
@@ -294,7 +294,7 @@ class FeatureEncoder:
             penalty=penalty,
             current=np.full(batch, -1) if current is None else current,
             warm=_UNKNOWN if warm is None else warm,
-            input_s=self._slots.reference_bytes * 8.0 / readings.bandwidth_bps,
+            input_s=self.slots.reference_bytes * 8.0 / readings.bandwidth_bps,
             rate_hz=np.fmax(state.request_rate_hz, 0.0),
         )
         rows = np.empty((batch, NUM_CANDIDATES, len(CANDIDATE_COLUMNS)), dtype=np.float32)
@@ -373,7 +373,7 @@ class _Gather:
     columns: IntArray  # (G,) 0 where the deployment has no such node or link
 
     @classmethod
-    def of(cls, slots: _Slots, layout: Layout) -> "_Gather":
+    def of(cls, slots: Slots, layout: Layout) -> "_Gather":
         """Find the places of one problem's nodes and links."""
         columns, start = [], 1
         for row in CONTEXT_FEATURES:
@@ -391,7 +391,8 @@ class _Gather:
         return together.take(self.columns, axis=1)
 
 
-def _find_slots(problem: PlanningProblem, choices: Candidates) -> _Slots:
+def find_slots(problem: PlanningProblem, choices: Candidates) -> Slots:
+    """Find where a problem's nodes and links are shown, and what its times and bytes are measured in."""
     layout, names = choices.costs.layout, _slot_names(problem)
     ends = [(names[a], names[b]) for a, b in (link.split(">") for link in _LINK_SLOTS)]
     nodes = np.array([layout.node_slot.get(name, -1) for name in names.values()])
@@ -400,7 +401,7 @@ def _find_slots(problem: PlanningProblem, choices: Candidates) -> _Slots:
     typical = sum(v.tensor.nbytes for v in problem.graph.values if not v.is_sized)
     reference_s, reference_bytes = _reference_s(choices, typical), max(float(up[0] + up[4] * typical), 1.0)
     per_s, per_byte = 1.0 / reference_s, 1.0 / reference_bytes
-    return _Slots(
+    return Slots(
         nodes=nodes,
         links=links,
         has_layers=choices.costs.has_layers,
