@@ -43,4 +43,4 @@ demo: setup  ## Send photographs through ResNet-50 on a device, two edges and a 
 bench: setup  ## Every benchmark, bars and all; reports in runs/bench (an hour; keep the machine quiet)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	mkdir -p runs/bench
-	$(foreach name,echo split testbed tiles plan predict recovery,$(BIN)/python scripts/bench.py $(name) --json runs/bench/$(name).json || true;)
+	$(foreach name,echo split testbed tiles plan predict recovery env,$(BIN)/python scripts/bench.py $(name) --json runs/bench/$(name).json || true;)
