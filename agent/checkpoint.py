@@ -247,6 +247,7 @@ def _make_card(name: str, manifest: Manifest, notes: str) -> str:
         "",
         "```python",
         "from agent import load_policy",
+        "",
         f'policy = load_policy("checkpoints/{name}")',
         "```",
         "",
