@@ -21,7 +21,6 @@ from rich.table import Table
 
 from agent.infer import output_error
 from agent.photos import sample_photo
-from agent.policies import load_policy
 from agent.report import Sample, plot_timeline, write_tensorboard
 from agent.tables import latency_cells, make_latency_table
 from runtime.deployment import ModelConfig
@@ -30,7 +29,7 @@ from runtime.errors import ConfigError
 from runtime.model.graph import trace
 from runtime.model.inputs import admit, run_input_stage
 from runtime.model.zoo import load_model
-from runtime.planning.policies.registry import PolicySpec
+from runtime.planning.policies.registry import PolicySpec, load_policy
 from runtime.presets import LinkConfig, LinkEmulation, NodeEmulation
 from runtime.testbed.arrivals import LoadShape
 from runtime.testbed.cluster import Cluster
@@ -168,7 +167,6 @@ def _rules(graph: GraphSpec) -> dict[str, PolicySpec]:
         "LoADPart": load_policy("loadpart"),
         "D3": load_policy("d3"),
         "planner": load_policy("planner"),
-        "trained PPO": load_policy("default"),
     }
 
 
