@@ -30,8 +30,8 @@ OVER_BEST = CANDIDATE_COLUMNS.index("over_best:over_best")
 """Column that holds log10 of predicted / least predicted."""
 
 RESIDUAL_SCALE = 4.0
-"""Logits per unit of the network's output. At 1 the output must grow to 16 times a logarithm of latency: three rehearsals
-came to 0.98 to 1.00 of the planner, as against 0.96 to 0.97 where it was 4 times."""
+"""Logits per unit of the network's output: at 1 it would have to grow to 16 times a logarithm of latency. Whether that
+matters is not shown: rehearsals with 4 came to 0.96 to 1.02 of the planner, with 1 to 0.98 to 1.00 (agent/README.md)."""
 
 LOGIT_PER_DECADE = -PLANNER_SCALE * float(np.log(10.0))
 
@@ -91,9 +91,9 @@ class FrozenPolicy:
         """
         return self.encoder.candidates.plans[int(self.pick(self._encode(state))[0])]
 
-    def choose(self, state: StateArrays, current: IntArray | None = None, warm: FloatArray | None = None) -> IntArray:
+    def choose(self, state: StateArrays, current: IntArray | None = None) -> IntArray:
         """Pick a candidate's index for every state of a batch, shape (B,); arguments as of `FeatureEncoder.encode`."""
-        return self.pick(self.encoder.encode(state, current=current, warm=warm))
+        return self.pick(self.encoder.encode(state, current=current))
 
     def pick(self, features: Features) -> IntArray:
         """Pick a candidate's index for every row of features, shape (B,).

@@ -225,7 +225,7 @@ def rollouts():
             for lane, place in enumerate(sites):
                 at = np.array([lane])
                 shown = [rows[lane].copy() for rows in twin.seen]
-                known = [twin.known(name, at) for name in ("current", "warm", "total_s")]
+                known = [twin.known(name, at) for name in ("current", "total_s")]
                 seen.append(
                     (
                         place,
@@ -239,7 +239,7 @@ def rollouts():
 
 
 def test_compiled_prediction_equals_that_of_planning(rollouts):
-    for place, state, _, _, total_s, _ in rollouts:
+    for place, state, _, total_s, _ in rollouts:
         expected = predict_total(place.candidates.costs, tuned_arrays(state), state)[0]
         count = place.candidates.num_plans
         assert total_s[0, :count] == pytest.approx(expected[:count], rel=1e-9)
@@ -247,8 +247,8 @@ def test_compiled_prediction_equals_that_of_planning(rollouts):
 
 def test_what_is_shown_equals_what_the_encoder_of_planning_makes_of_the_state(rollouts):
     assert {place.num_edges for place, *_ in rollouts} == {1, 2, 3}
-    for place, state, current, warm, _, (rows, context, mask) in rollouts:
-        expected = FeatureEncoder(place.problem).encode(state, current=np.where(current < 32, current, -1), warm=warm)
+    for place, state, current, _, (rows, context, mask) in rollouts:
+        expected = FeatureEncoder(place.problem).encode(state, current=np.where(current < 32, current, -1))
         assert np.abs(rows - expected.candidates.ravel()).max() < 1e-6
         assert np.abs(context - expected.context[0]).max() < 1e-6
         assert (mask == expected.mask[0]).all()

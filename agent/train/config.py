@@ -13,6 +13,7 @@ HELD_OUT = ("timm:xception", "torchvision:googlenet", "torchvision:vgg16")
 """Models that no shipped policy was trained on: a light, a middling and a heavy one."""
 
 QUICK_MODELS = ("torchvision:squeezenet1_1", "torchvision:resnet18")
+"""What `--quick` learns on where no models are named."""
 
 _POSITIVE = (
     "per_model", "num_envs", "num_requests", "n_steps", "batch_size", "epochs", "hidden", "steps", "eval_every",
@@ -201,7 +202,7 @@ class TrainConfig:
         return replace(
             self,
             quick=False,
-            models=QUICK_MODELS,
+            models=self.models or QUICK_MODELS,
             held_out=(),
             random_models=0,
             per_model=1,

@@ -22,7 +22,6 @@ from env.kernel.layout import (
     World,
 )
 from env.kernel.links import LINK_QUEUE, hop_bytes, rtt_at, server_of
-from runtime.planning.candidates import NUM_CANDIDATES
 from runtime.planning.cost import PARTS
 from runtime.planning.estimators import MIN_BANDWIDTH_BPS, NOMINAL_BANDWIDTH_BPS, NOMINAL_RTT_S, TunedSettings
 
@@ -67,19 +66,6 @@ def read_state(w: World, r: Plans, s: Lane, out: State, client: int) -> None:
     for back in range(SAMPLES):
         out.recent_errors[back] = s.errors[client, (count - 1 - back) % SAMPLES] if back < count else math.nan
     out.current = s.in_force[client]
-
-
-@compiled
-def read_warm(r: Plans, s: Lane, out: State) -> None:
-    """Write which plans' segments are built."""
-    for row in range(ROWS):
-        if r.padding[row] == 1 and row >= NUM_CANDIDATES:
-            continue
-        is_warm = True
-        for tier in range(3):
-            if r.has_layers[row, tier] > 0.0 and not s.is_warm[r.segment[row, tier]]:
-                is_warm = False
-        out.warm[row] = 1.0 if is_warm else 0.0
 
 
 @compiled

@@ -146,7 +146,7 @@ STATE = np.dtype(
     + _fields(_F, "device_backlog_s uplink_backlog_bytes request_rate_hz input_bytes deadline_s")
     + _fields(_F, "recent_errors", SAMPLES)
     + _fields(_I, "current")  # row in force, -1 for none
-    + _fields(_F, "warm total_s", ROWS)  # total_s: predicted by the planner
+    + _fields(_F, "total_s", ROWS)  # predicted by the planner
     # What the planner believes, and the parts of the prediction it made last.
     + _fields(_F, "s_per_byte half_rtt_s", LINKS)
     + _fields(_F, "k q_s", NODES)

@@ -11,7 +11,7 @@ from typing import Any
 from env.kernel import device as dev
 from env.kernel import links, nodes
 from env.kernel.compiled import ZERO, compiled, constants, entry
-from env.kernel.decide import read_state, read_warm, weigh
+from env.kernel.decide import read_state, weigh
 from env.kernel.device import LOCAL_NONE
 from env.kernel.events import ARRIVAL, DELAY, DEVICE, GUARD, LINK, NODE, push, take_next
 from env.kernel.hear import FIRST_PROBE_BYTES, hear_reply, tick
@@ -222,7 +222,6 @@ def _advance(w: World, r: Plans, s: Lane, x: State, other: State, is_planned: bo
             _handle(w, r, s, kind, what)
         elif what == 0 and (not is_planned or s.next_request[0] + 1 == r.num_requests):
             read_state(w, r, s, x, ZERO)
-            read_warm(r, s, x)
             is_last = s.next_request[0] + 1 == r.num_requests
             if not is_last:
                 return False

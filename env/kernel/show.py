@@ -117,7 +117,7 @@ def _show_candidates(r: Plans, x: State, candidates: Row, mask: Row) -> float:
             candidates[at + _HELD + part] = x.parts[part] * rate_hz
         for tier in range(3):
             candidates[at + _USES + tier] = r.has_layers[row, tier]
-        candidates[at + _WARM] = x.warm[row]
+        candidates[at + _WARM] = 0.5  # nodes do not tell which segments they hold
         down = nodes_down(r, x, row)
         if down < least_down:
             best_s, least_down = math.inf, down
