@@ -1,7 +1,7 @@
 """Episodes on the twin: lanes with a site, a world and the planner's latencies in it; what environments are made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Episodes:
     """Lanes side by side, each in an episode of its own.
 
     Which site and scenario an episode has follows from its seed, as everything else does, unless `start` is told.
+    Behind the lanes there may be forks, to see what other decisions would bring (`fork`).
     """
 
     def __init__(
@@ -51,17 +52,19 @@ class Episodes:
         num_lanes: int,
         num_requests: int,
         excess_weight: float = EXCESS_WEIGHT,
+        num_forks: int = 0,
     ) -> None:
-        """Make the lanes; `start` puts episodes into them."""
+        """Make the lanes and room for forks; `start` puts episodes into lanes."""
         self.sites, self.scenarios = tuple(sites), tuple(scenarios)
         self.num_requests, self.excess_weight = num_requests, excess_weight
-        self._twin = Twin(num_lanes, num_requests + 1)
+        self.num_lanes, num_all = num_lanes, num_lanes + num_forks
+        self._twin = Twin(num_lanes, num_requests + 1, num_forks=num_forks)
         self._num_plans = np.array([site.candidates.num_plans for site in self.sites])
         self._scale_s = np.array([find_slots(site.problem, site.candidates).reference_s for site in self.sites])
-        self._site_of = np.zeros(num_lanes, dtype=np.int64)
-        self._scenario_of = np.zeros(num_lanes, dtype=np.int64)
-        self._reference_s = np.zeros((num_lanes, num_requests + 1))
-        self._number = np.zeros(num_lanes, dtype=np.int64)
+        self._site_of = np.zeros(num_all, dtype=np.int64)
+        self._scenario_of = np.zeros(num_all, dtype=np.int64)
+        self._reference_s = np.zeros((num_all, num_requests + 1))
+        self._number = np.zeros(num_all, dtype=np.int64)
         self._observations: Observation = self._twin.seen._asdict()
 
     def start(
@@ -93,49 +96,45 @@ class Episodes:
         rows = np.where(actions < self._num_plans[self._site_of[lanes]], actions, 0)  # padding repeats the first plan
         is_over, (place, number) = self._twin.step(lanes, rows)
         self._number[lanes] += 1
-        ended = lanes[place]
-        latency_s, deadline_s, outcome = self._twin.requests(ended, number)
-        reference_s, scale_s = self._reference_s[ended, number], self._scale_s[self._site_of[ended]]
-        terms = reward_terms(latency_s, deadline_s, reference_s, scale_s, self.excess_weight)
+        completed = replace(self.outcomes(lanes[place], number.copy()), lane=place.copy())
         rewards = np.zeros(len(lanes))
-        np.add.at(rewards, place, terms)
-        completed = Completed(place.copy(), number.copy(), latency_s, terms, outcome, deadline_s, reference_s)
+        np.add.at(rewards, place, completed.term)
         return rewards, is_over, completed
 
-    def look(self, actions: IntArray, horizon: int) -> FloatArray:
-        """See what actions would bring at the requests at hand, the planner deciding on those that follow.
-
-        Each is tried in a copy of its lane, whose world goes on as it will. Nothing changes.
-
-        Args:
-            actions: some for every lane, shape (lanes, A).
-            horizon: requests that follow.
+    def fork(self, lanes: IntArray) -> IntArray:
+        """Copy episodes as they stand, any of them, also one several times; what was forked before is forgotten.
 
         Returns:
-            Terms of the request at hand and of those that follow, shape (lanes, A, 1 + horizon), 0 beyond the end of
-            the episode.
+            Numbers of the forks, shape (lanes,): `step` and `finish` take them as they take lanes, and `observations`
+            has rows for them once they are stepped. Nothing that happens in a fork happens in its lane.
+
+        Raises:
+            ConfigError: when there is no room for so many.
         """
-        num_lanes, width = actions.shape
-        rows = np.full((actions.size, 1 + horizon), PLANNER_DECIDES)
-        rows[:, 0] = np.where(actions < self._num_plans[self._site_of][:, None], actions, 0).ravel()
-        lanes = np.repeat(np.arange(num_lanes), width)
-        latency_s = self._twin.look(lanes, rows)
-        is_there = ~np.isnan(latency_s)
-        numbers = np.minimum(self._number[lanes][:, None] + np.arange(1 + horizon), self.num_requests)
-        each = np.broadcast_to(lanes[:, None], numbers.shape)
-        deadline_s = self._twin.requests(each.ravel(), numbers.ravel())[1].reshape(numbers.shape)
-        terms = reward_terms(
-            np.where(is_there, latency_s, deadline_s),
-            deadline_s,
-            np.where(is_there, self._reference_s[each, numbers], deadline_s),
-            self._scale_s[self._site_of[lanes]][:, None],
-            self.excess_weight,
-        )
-        return terms.reshape(num_lanes, width, -1)
+        forks = self._twin.fork(lanes)
+        for array in (self._site_of, self._scenario_of, self._number, self._reference_s):
+            array[forks] = array[lanes]
+        return forks
+
+    def finish(self, lanes: IntArray) -> None:
+        """Go on until all that was decided on has ended; nothing more is asked in these lanes."""
+        self._twin.finish(lanes)
+
+    def outcomes(self, lanes: IntArray, numbers: IntArray) -> Completed:
+        """What became of requests that have ended, side by side."""
+        latency_s, deadline_s, outcome = self._twin.requests(lanes, numbers)
+        reference_s, scale_s = self._reference_s[lanes, numbers], self._scale_s[self._site_of[lanes]]
+        terms = reward_terms(latency_s, deadline_s, reference_s, scale_s, self.excess_weight)
+        return Completed(lanes, numbers, latency_s, terms, outcome, deadline_s, reference_s)
+
+    def number(self, lanes: IntArray) -> IntArray:
+        """Number of the request at hand in each of some lanes."""
+        numbers: IntArray = self._number[lanes]
+        return numbers
 
     @property
     def observations(self) -> Observation:
-        """What every lane's device knows at its request at hand; changes with the next step."""
+        """What every lane's device knows at its request at hand, forks last; changes with the next step."""
         return self._observations
 
     def describe(self, lane: int) -> dict[str, object]:
@@ -159,8 +158,5 @@ class Episodes:
         """The best latency of the lane's site on idle nodes at nominal rates."""
         return float(self._scale_s[self._site_of[lane]])
 
-
-PLANNER_DECIDES = -1
-"""In the place of a plan's row, for `Twin.look`."""
 
 _PICK = 99

@@ -92,34 +92,40 @@ def _number_segments(known: _Segments, site: Site, plan: Plan) -> list[int]:
 
 
 class Twin:
-    """Lanes side by side: a site and a world each. A lane's number is its place in every array."""
+    """Lanes side by side: a site and a world each. A lane's number is its place in every array.
 
-    def __init__(self, num_lanes: int, num_requests: int) -> None:
+    Behind them there may be forks: lanes that take the state of others, and go on in the same worlds (`fork`).
+    """
+
+    def __init__(self, num_lanes: int, num_requests: int, *, num_forks: int = 0) -> None:
         """Allocate.
 
         Args:
             num_lanes: environments side by side.
             num_requests: most that a world may hold for each client; the last of them is only seen.
+            num_forks: most that there may be at once.
         """
         self.num_lanes = num_lanes
         self.num_requests = num_requests
         self._world = layout.World(
             grid=np.ones((num_lanes, layout.GRID_ROWS, MAX_STEPS)),
             background=np.zeros((num_lanes, 2 * NODES, MAX_BACKGROUND + 1)),
-            requests=np.zeros((num_lanes + 1, CLIENTS, layout.REQUEST_ROWS, num_requests)),
+            requests=np.zeros((num_lanes + num_forks + 1, CLIENTS, layout.REQUEST_ROWS, num_requests)),
         )
         self._plans = make_records(layout.PLANS, num_lanes)
-        self._lanes = make_records(layout.LANE, num_lanes + 1)  # the last one is to look ahead in
-        self._states = make_records(layout.STATE, num_lanes + 1)
+        num_all = num_lanes + num_forks
+        self._homes = np.arange(num_all)
+        self._lanes = make_records(layout.LANE, num_all + 1)  # the last one is to look ahead in
+        self._states = make_records(layout.STATE, num_all + 1)
         self.seen = layout.Seen(
-            candidates=np.zeros((num_lanes, NUM_CANDIDATES * len(CANDIDATE_COLUMNS)), dtype=np.float32),
-            context=np.zeros((num_lanes, len(CONTEXT_COLUMNS)), dtype=np.float32),
-            mask=np.zeros((num_lanes, NUM_CANDIDATES), dtype=np.int8),
+            candidates=np.zeros((num_all, NUM_CANDIDATES * len(CANDIDATE_COLUMNS)), dtype=np.float32),
+            context=np.zeros((num_all, len(CONTEXT_COLUMNS)), dtype=np.float32),
+            mask=np.zeros((num_all, NUM_CANDIDATES), dtype=np.int8),
         )
         self._known = self._states.view(np.ndarray)  # reads a field ten times as fast
         self._blank_lane = run.blank_lane()
         self._is_warm = np.zeros((num_lanes, 3 * ROWS), dtype=np.bool_)
-        self._ended = np.zeros((2, num_lanes * num_requests), dtype=np.int64)
+        self._ended = np.zeros((2, num_all * num_requests), dtype=np.int64)
         self._sites: list[Site | None] = [None] * num_lanes
         self._of_sites: dict[Site, tuple[layout.Plans, _Segments]] = {}
         self._segments: list[_Segments] = [{} for _ in range(num_lanes)]
@@ -250,6 +256,29 @@ class Twin:
         self._run(lanes, rows, run.LOOK, looked_s)
         return looked_s
 
+    def fork(self, lanes: IntArray) -> IntArray:
+        """Copy lanes as they stand, any of them, also one several times; what was forked before is forgotten.
+
+        Returns:
+            Numbers of the forks, shape (lanes,): `step` and `finish` take them as they take lanes.
+
+        Raises:
+            ConfigError: when there is no room for so many.
+        """
+        room = len(self._homes) - self.num_lanes
+        if len(lanes) > room:
+            raise ConfigError(f"expected at most {room} forks, got {len(lanes)}; make the twin with more num_forks")
+        forks: IntArray = self.num_lanes + np.arange(len(lanes))
+        self._homes[forks] = lanes
+        self._lanes[forks] = self._lanes[lanes]
+        self._states[forks] = self._states[lanes]
+        self._world.requests[forks] = self._world.requests[lanes]
+        return forks
+
+    def finish(self, lanes: IntArray) -> None:
+        """Go on until all earlier requests have ended; the one at hand and later ones never come."""
+        self._run(lanes, np.empty((len(lanes), 0), dtype=np.int64), run.FINISH)
+
     def _blank(self, lanes: IntArray) -> None:
         self._lanes[lanes] = self._blank_lane
         self._lanes["is_warm"][lanes] = self._is_warm[lanes]
@@ -267,6 +296,7 @@ class Twin:
             self._lanes,
             self._states,
             self.seen,
+            self._homes,
             lanes,
             rows,
             mode,

@@ -17,8 +17,8 @@ QUICK_MODELS = ("torchvision:squeezenet1_1", "torchvision:resnet18")
 
 _POSITIVE = (
     "per_model", "num_envs", "num_requests", "n_steps", "batch_size", "epochs", "hidden", "steps", "eval_every",
-    "eval_episodes", "save_every", "threads", "learning_rate", "grad_norm", "rehearsal_width", "rehearsal_horizon",
-    "rehearsal_epochs",
+    "eval_episodes", "save_every", "threads", "learning_rate", "grad_norm", "rehearsal_steps", "rehearsal_keep",
+    "rehearsal_width", "rehearsal_horizon", "rehearsal_epochs", "rehearsal_rate",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ class TrainConfig:
     """Train a policy in the twin; the best one is kept as a frozen folder. Ctrl-C saves, `--resume` goes on.
 
     What OUT holds in the end: best (the frozen policy: `offcut infer --policy OUT/best`), tensorboard, config.json,
-    state.json and state-STEPS.zip (what --resume needs).
+    state.json and state-DECISIONS.zip (what --resume needs).
     """
 
     out: Path = Path("runs/train")
@@ -55,7 +55,7 @@ class TrainConfig:
     input_kinds: tuple[str, ...] = ("encoded",)
     """What requests bring: encoded, image, tensor."""
 
-    scenarios: tuple[str, ...] = ("both", "streaming", "contention", "outage", "static")
+    scenarios: tuple[str, ...] = ("both", "streaming", "streaming", "contention", "outage", "static")
     """What happens around a site; one that is named twice comes twice as often."""
 
     traces: Path | None = None
@@ -72,24 +72,36 @@ class TrainConfig:
     """Steps of an episode."""
 
     # --- what it learns before it explores (agent/train/rehearse.py)
-    rehearsal: int = 120_000
+    rehearsal: int = 250_000
     """Decisions whose outcomes are looked up in the twin before the steps of PPO; 0: PPO begins as the planner."""
 
+    rehearsal_steps: int = 64
+    """Steps of each environment between two updates."""
+
+    rehearsal_keep: int = 4
+    """Rounds that an update learns from: the last one and those before it."""
+
     rehearsal_width: int = 6
-    """Plans that are tried for each of them, the planner's among them."""
+    """Plans that are tried at each decision, the network's own choice among them."""
 
     rehearsal_horizon: int = 8
-    """Requests that follow, which the planner decides on."""
+    """Requests that follow, which the network decides on."""
 
     rehearsal_gamma: float = 0.9
     """Discount of what each of those brings."""
 
-    rehearsal_epochs: int = 5
-    """How often each decision is learnt from."""
+    rehearsal_epochs: int = 2
+    """How often an update sees every decision."""
+
+    rehearsal_rate: float = 1e-3
+    """Learning rate of the first update; falls linearly to almost 0."""
+
+    rehearsal_divergence: float = 0.02
+    """Weight of the divergence from the network before an update."""
 
     # --- how it learns
     steps: int = 200_000
-    """Decisions in all; rounded up to whole updates."""
+    """Decisions that PPO learns from; rounded up to whole updates."""
 
     seed: int = 0
     """Of everything: equal settings and seed give equal weights."""
@@ -141,7 +153,7 @@ class TrainConfig:
 
     # --- how it is watched
     eval_every: int = 50_000
-    """Steps between evaluations."""
+    """Decisions between evaluations."""
 
     eval_scenarios: tuple[str, ...] = ("both", "streaming", "contention", "static")
     """What evaluations play, whatever is learnt on: the best policy is the one that is best over all of these."""
@@ -150,7 +162,7 @@ class TrainConfig:
     """Episodes of each model, input kind and scenario in an evaluation."""
 
     save_every: int = 100_000
-    """Steps between saves of what --resume needs."""
+    """Decisions between saves of what --resume needs."""
 
     threads: int = 1
     """Torch threads."""
@@ -164,7 +176,8 @@ class TrainConfig:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"expected --{name.replace('_', '-')} > 0, got {getattr(self, name)}")
-        for name in ("random_models", "rehearsal", "seed", "hold", "entropy", "value_weight", "excess_weight"):
+        not_negative = ("random_models", "rehearsal", "rehearsal_divergence", "seed", "hold", "entropy", "value_weight")
+        for name in (*not_negative, "excess_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"expected --{name.replace('_', '-')} >= 0, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda", "clip", "rehearsal_gamma"):
@@ -207,7 +220,7 @@ class TrainConfig:
             random_models=0,
             per_model=1,
             rehearsal=1024,
-            rehearsal_epochs=1,
+            rehearsal_steps=32,
             steps=2048,
             num_envs=16,
             batch_size=256,
@@ -223,8 +236,14 @@ class TrainConfig:
 
     @property
     def num_updates(self) -> int:
-        """Updates in all."""
+        """Updates of PPO in all."""
         return math.ceil(self.steps / self.rollout)
+
+    @property
+    def num_decisions(self) -> int:
+        """Decisions in all, of the rehearsal and of PPO, each rounded up to whole updates."""
+        a_round = self.num_envs * self.rehearsal_steps
+        return math.ceil(self.rehearsal / a_round) * a_round + self.num_updates * self.rollout
 
     @property
     def learnt_models(self) -> tuple[str, ...]:

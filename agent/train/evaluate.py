@@ -18,6 +18,9 @@ from runtime.planning.features import CANDIDATE_COLUMNS, Features
 VALIDATION = 2**32
 """First of an evaluation's seeds: a training's are smaller, so that no world is in both."""
 
+_ROWS = 128
+"""Observations that are scored at once: their layers stay in the processor's caches."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ratios:
@@ -114,9 +117,19 @@ def compare(
 
 def best_actions(network: FrozenNetwork, observations: Observation) -> npt.NDArray[np.int64]:
     """The most likely action that the mask allows, for a batch of observations."""
-    logits = network.score(as_features(observations))
-    best: npt.NDArray[np.int64] = np.where(observations["mask"] > 0, logits, -np.inf).argmax(axis=1)
+    best: npt.NDArray[np.int64] = masked_logits(network, observations).argmax(axis=1)
     return best
+
+
+def masked_logits(network: FrozenNetwork, observations: Observation) -> npt.NDArray[np.float32]:
+    """Logits for a batch of observations, minus infinity where the mask forbids."""
+    features, count = as_features(observations), len(observations["mask"])
+    logits = np.empty(features.mask.shape, dtype=np.float32)
+    for start in range(0, count, _ROWS):
+        rows = slice(start, start + _ROWS)
+        logits[rows] = network.score(Features(features.candidates[rows], features.context[rows], features.mask[rows]))
+    masked: npt.NDArray[np.float32] = np.where(features.mask, logits, np.float32(-np.inf))
+    return masked
 
 
 def as_features(observations: Observation) -> Features:

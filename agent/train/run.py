@@ -15,8 +15,8 @@ from agent.tables import loading
 from agent.train.buffer import CreditRolloutBuffer
 from agent.train.config import TrainConfig
 from agent.train.evaluate import Evaluator
-from agent.train.rehearse import rehearse
-from agent.train.state import State, load_config, load_state, save_config
+from agent.train.rehearse import Rehearsal
+from agent.train.state import State, load_config, load_state, save_config, save_state
 from agent.train.tell import Teller
 from agent.train.vecenv import TwinVecEnv
 from agent.train.watch import BEST, Watch
@@ -41,39 +41,50 @@ def run_train(config: TrainConfig) -> None:
         evaluators = _evaluators(config)
     model = make_model(config, env)
     state = load_state(config.out, model) if config.resume else State()
-    if config.rehearsal and not config.resume:  # what can be gone on with was saved after it
-        state.rehearsal = rehearse(config, worlds, cast("CandidatePolicy", model.policy), state.facts)
     save_config(config)
     env.seed(config.seed * 2**20 + state.steps // config.rollout)
     model.set_logger(configure(str(config.out / "tensorboard"), ["tensorboard"]))
-    total = config.num_updates * config.rollout
-    with Teller(total, state.steps) as teller:
-        if state.rehearsal and not config.resume:
-            gain = state.rehearsal["after"]["advantage"]
-            teller.say(
-                f"rehearsed {state.rehearsal['decisions']:,} decisions: {gain:+.3f} each over the planner's choices"
-            )
+    with Teller(config.num_decisions, state.decisions) as teller:
         watch = Watch(config, state, evaluators, teller, _facts(config))
+        watch.init_callback(model)
         before = {number: signal.signal(number, watch.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            model.learn(total - state.steps, callback=watch, reset_num_timesteps=False, log_interval=1)
+            _learn(config, worlds, model, watch)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        _say_end(config, state, teller, total)
+        _say_end(config, state, teller)
     env.close()
     if watch.stop_signal:
         sys.exit(128 + watch.stop_signal)
 
 
-def _say_end(config: TrainConfig, state: State, teller: Teller, total: int) -> None:
-    if state.steps < total:
-        teller.say(f"saved after {state.steps:,} of {total:,} steps; go on: offcut train --out {config.out} --resume")
+def _learn(config: TrainConfig, worlds: Worlds, model: MaskablePPO, watch: Watch) -> None:
+    """Rehearse what is left to rehearse, then let PPO learn, until all is done or a signal comes."""
+    state = watch.state
+    if not state.curve:
+        watch.evaluate()
+    if state.rehearsed < config.rehearsal:
+        rehearsal = Rehearsal(config, worlds, cast("CandidatePolicy", model.policy), state.facts, state.rehearsed)
+        while state.rehearsed < config.rehearsal:
+            facts = rehearsal.round(lambda: bool(watch.stop_signal))
+            if facts is None:
+                break
+            watch.rehearsed(rehearsal.done, facts)
+    if watch.stop_signal:
+        save_state(config.out, model, state)
     else:
-        best = config.out / BEST
-        teller.say(
-            f"{state.steps:,} steps in {state.trained_s / 60.0:.1f} min; best after {state.best_steps:,}: {best}"
-        )
+        left = config.num_updates * config.rollout - state.steps
+        model.learn(left, callback=watch, reset_num_timesteps=False, log_interval=1)
+
+
+def _say_end(config: TrainConfig, state: State, teller: Teller) -> None:
+    if state.decisions < config.num_decisions:
+        done = f"saved after {state.decisions:,} of {config.num_decisions:,} decisions"
+        teller.say(f"{done}; go on: offcut train --out {config.out} --resume")
+    else:
+        best = f"best after {state.best_decisions:,}: {config.out / BEST}"
+        teller.say(f"{state.decisions:,} decisions in {state.trained_s / 60.0:.1f} min; {best}")
 
 
 def make_env(config: TrainConfig, worlds: Worlds) -> TwinVecEnv:

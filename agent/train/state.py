@@ -20,15 +20,20 @@ class State:
     """What is known of a training besides the weights."""
 
     steps: int = 0
-    """Decisions that were learnt from."""
+    """Decisions that PPO learnt from."""
+    rehearsed: int = 0
+    """Decisions that were learnt from before."""
     trained_s: float = 0.0
     best_score: float = float("inf")
-    best_steps: int = 0
+    best_decisions: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
     """Every evaluation."""
     facts: Facts = field(default_factory=Facts)
-    rehearsal: dict[str, Any] = field(default_factory=dict)
-    """What `agent.train.rehearse` tells; empty before it, and where there was none."""
+
+    @property
+    def decisions(self) -> int:
+        """Decisions that were learnt from in all."""
+        return self.rehearsed + self.steps
 
 
 def save_config(config: TrainConfig) -> None:
@@ -49,18 +54,18 @@ def load_config(config: TrainConfig) -> TrainConfig:
 
 def save_state(folder: Path, model: BaseAlgorithm, state: State) -> None:
     """Write weights, optimiser and state; what was there is replaced only when the new is whole."""
-    weights = folder / f"state-{state.steps}.zip"
+    weights = folder / f"state-{state.decisions}.zip"
     model.save(weights)
     saved = {
         "weights": weights.name,
         "steps": state.steps,
+        "rehearsed": state.rehearsed,
         "updates": model._n_updates,
         "trained_s": state.trained_s,
-        "best_score": state.best_score if state.best_steps else None,
-        "best_steps": state.best_steps,
+        "best_score": state.best_score if state.best_decisions else None,
+        "best_decisions": state.best_decisions,
         "curve": state.curve,
         "facts": state.facts.to_json(),
-        "rehearsal": state.rehearsal,
     }
     _write(folder / STATE_FILE, saved)
     for old in folder.glob("state-*.zip"):
@@ -84,12 +89,12 @@ def load_state(folder: Path, model: BaseAlgorithm) -> State:
     best = saved["best_score"]
     return State(
         steps=saved["steps"],
+        rehearsed=saved["rehearsed"],
         trained_s=saved["trained_s"],
         best_score=float("inf") if best is None else best,
-        best_steps=saved["best_steps"],
+        best_decisions=saved["best_decisions"],
         curve=saved["curve"],
         facts=Facts.from_json(saved["facts"]),
-        rehearsal=saved["rehearsal"],
     )
 
 

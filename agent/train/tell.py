@@ -15,17 +15,17 @@ _SPEED_S = 60.0
 
 
 class Teller:
-    """Shows steps, speed, time left and the latest ratio to the planner. Used with `with`.
+    """Shows decisions, speed, time left and the latest ratio to the planner. Used with `with`.
 
     Args:
-        total: steps in all.
-        done: steps of earlier runs.
+        total: decisions in all.
+        done: decisions of earlier runs.
     """
 
     def __init__(self, total: int, done: int) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
         self._total, self._done = total, done
-        self._line_s, self._line_steps = time.monotonic(), done
+        self._line_s, self._line_decisions = time.monotonic(), done
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
         self._progress = Progress(
             *columns, console=self._console, speed_estimate_period=_SPEED_S, disable=not self._console.is_terminal
@@ -47,24 +47,24 @@ class Teller:
         """Print a line."""
         self._console.print(text, markup=False)
 
-    def tell(self, steps: int, ratio: float) -> None:
-        """Take how far it is, and the ratio of the last rollout (geometric mean, exploring)."""
+    def tell(self, decisions: int, news: str) -> None:
+        """Take how far it is, and what came of the last update."""
         now_s = time.monotonic()
-        speed = (steps - self._line_steps) / max(now_s - self._line_s, 1e-9)
-        text = f"{speed:,.0f}/s, {ratio:.3f} x planner"
-        self._progress.update(self._task, completed=min(steps, self._total), speed=text)
+        speed = (decisions - self._line_decisions) / max(now_s - self._line_s, 1e-9)
+        text = f"{speed:,.0f}/s, {news}"
+        self._progress.update(self._task, completed=min(decisions, self._total), speed=text)
         if now_s - self._line_s < _LINE_EVERY_S:
             return
         if not self._console.is_terminal:
-            left_s = (self._total - steps) / max(speed, 1e-9)
-            self.say(f"{steps:>9,} steps, {speed:6,.0f}/s, {left_s / 60.0:5.1f} min left, {ratio:.3f} x planner")
-        self._line_s, self._line_steps = now_s, steps
+            left_s = (self._total - decisions) / max(speed, 1e-9)
+            self.say(f"{decisions:>9,} decisions, {speed:6,.0f}/s, {left_s / 60.0:5.1f} min left, {news}")
+        self._line_s, self._line_decisions = now_s, decisions
 
     def evaluated(
-        self, steps: int, score: float, learnt: Sequence[Ratios], held_out: Sequence[Ratios], is_best: bool
+        self, decisions: int, score: float, learnt: Sequence[Ratios], held_out: Sequence[Ratios], is_best: bool
     ) -> None:
         """Print an evaluation: mean / p95 ratio to the planner by scenario."""
-        self.say(f"{steps:>9,} steps, score {score:.4f}{', best so far' if is_best else ''}")
+        self.say(f"{decisions:>9,} decisions, score {score:.4f}{', best so far' if is_best else ''}")
         for name, rows in (("learnt  ", learnt), ("held out", held_out)):
             if rows:
                 cells = (f"{one.scenario} {one.mean:.3f}/{one.p95:.3f}" for one in rows)

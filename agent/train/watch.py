@@ -63,10 +63,6 @@ class Watch(BaseCallback):
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
         self.teller.say("stopping; once more stops at once, without saving")
 
-    def _on_training_start(self) -> None:
-        if not self.state.curve:
-            self._evaluate()
-
     def _on_step(self) -> bool:
         env, buffer = self.training_env, self._buffer
         assert isinstance(env, TwinVecEnv)
@@ -78,14 +74,27 @@ class Watch(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         """An update has ended, or training begins."""
-        steps = self.num_timesteps
-        if steps == self.state.steps:
-            return
-        before, self.state.steps = self.state.steps, steps
+        if self.num_timesteps != self.state.steps:
+            before, self.state.steps = self.state.decisions, self.num_timesteps
+            self._learnt(before)
+
+    def rehearsed(self, done: int, facts: dict[str, float]) -> None:
+        """Take what a round of rehearsal came to, and how many decisions were rehearsed in all."""
+        before, self.state.rehearsed = self.state.decisions, done
+        for name, value in facts.items():
+            self.logger.record(f"rehearsal/{name}", value)
+        self.logger.dump(done)
+        self.teller.tell(self.state.decisions, f"{facts['advantage']:+.4f} a decision")
+        self._learnt(before)
+
+    def _learnt(self, before: int) -> None:
+        """An update has ended: evaluate and save where it is time."""
         self.state.trained_s = self._before_s + time.monotonic() - self._started_s
-        if steps // self.config.eval_every > before // self.config.eval_every or self._is_last:
-            self._evaluate()
-        if steps // self.config.save_every > before // self.config.save_every or self._is_last:
+        now, every = self.state.decisions, self.config.eval_every
+        if now // every > before // every or self._is_last:
+            self.evaluate()
+        every = self.config.save_every
+        if now // every > before // every or self._is_last:
             save_state(self.config.out, self.model, self.state)
 
     def _on_training_end(self) -> None:
@@ -104,7 +113,8 @@ class Watch(BaseCallback):
             self.logger.record(name, value)
         self.logger.record("reward/step", float(buffer.rewards[first:].mean()))
         self._ended = []
-        self.teller.tell(self.num_timesteps, facts.get("latency/geometric_ratio", np.nan))
+        ratio = facts.get("latency/geometric_ratio", np.nan)
+        self.teller.tell(self.state.rehearsed + self.num_timesteps, f"{ratio:.3f} x planner")
 
     @property
     def _buffer(self) -> CreditRolloutBuffer:
@@ -114,11 +124,12 @@ class Watch(BaseCallback):
 
     @property
     def _is_last(self) -> bool:
-        return self.num_timesteps >= self.config.num_updates * self.config.rollout
+        return self.state.decisions >= self.config.num_decisions
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
+        """Evaluate, and keep the policy if it is the best one so far. An untrained one is the planner, and never is."""
         policy = self.model.policy
         assert isinstance(policy, CandidatePolicy)
         weights = export_weights(policy)
@@ -126,10 +137,11 @@ class Watch(BaseCallback):
         results = learnt.run(weights)
         others = [] if held_out is None else held_out.run(weights)
         score = score_of(results)
-        is_best = score < self.state.best_score and (self.state.steps > 0 or bool(self.state.rehearsal))
+        decisions = self.state.decisions
+        is_best = score < self.state.best_score and decisions > 0
         self.state.curve.append(
             {
-                "steps": self.state.steps,
+                "decisions": decisions,
                 "score": round(score, 5),
                 "learnt": [one.to_json() for one in results],
                 "held_out": [one.to_json() for one in others],
@@ -140,10 +152,10 @@ class Watch(BaseCallback):
                 for name in ("geometric", "mean", "p95", "missed_frac"):
                     self.logger.record(f"{part}_{name}/{one.scenario}", getattr(one, name))
         self.logger.record("eval/score", score)
-        self.logger.dump(self.state.steps)
-        self.teller.evaluated(self.state.steps, score, results, others, is_best)
+        self.logger.dump(decisions)
+        self.teller.evaluated(decisions, score, results, others, is_best)
         if is_best:
-            self.state.best_score, self.state.best_steps = score, self.state.steps
+            self.state.best_score, self.state.best_decisions = score, decisions
             self._keep(policy, results, others, learnt.observations)
 
     def _keep(self, policy: CandidatePolicy, results: list[Ratios], others: list[Ratios], shown: Observation) -> None:
@@ -151,11 +163,11 @@ class Watch(BaseCallback):
         seen = self.state.facts.seen
         assert seen is not None
         facts = self.training_facts | {
-            "rehearsal": self.state.rehearsal,
+            "rehearsed": self.state.rehearsed,
             "steps": self.state.steps,
             "minutes": round(self.state.trained_s / 60.0, 1),
             "score": round(self.state.best_score, 5),
-            "curve": [(point["steps"], point["score"]) for point in self.state.curve],
+            "curve": [(point["decisions"], point["score"]) for point in self.state.curve],
             "evaluation": {
                 "learnt models": [one.to_json() for one in results],
                 "held-out models": [one.to_json() for one in others],

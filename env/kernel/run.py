@@ -251,11 +251,13 @@ def _follow(w: World, r: Plans, s: Lane, total_s: float, other: State, rows: Arr
         s: the lane.
         total_s: latency that is predicted for the request at hand.
         other: takes the states that are seen.
-        rows: plan of the request at hand and of each that follows; below 0 the planner decides.
+        rows: plan of the request at hand and of each that follows; below 0 the planner decides. None: not even the
+            request at hand is started.
     """
     first = s.next_request[0]
     stop = min(first + len(rows), r.num_requests - 1)
-    submit(w, r, s, ZERO, rows[0], total_s)
+    if len(rows) > 0:
+        submit(w, r, s, ZERO, rows[0], total_s)
     while s.next_request[0] < stop or _has_requests(s):
         kind, what = take_next(s)
         if kind != ARRIVAL:
@@ -268,17 +270,17 @@ def _follow(w: World, r: Plans, s: Lane, total_s: float, other: State, rows: Arr
             submit(w, r, s, what, row, other.total_s[row])
 
 
-STEP, BEGIN, PLAN, LOOK = constants(4)
+STEP, BEGIN, PLAN, LOOK, FINISH = constants(5)
 
 
 @compiled
-def _look(w: World, r: Plans, lanes: Array, states: Array, b: int, rows: Array, looked_s: Array) -> None:
+def _look(w: World, r: Plans, lanes: Array, states: Array, b: int, home: int, rows: Array, looked_s: Array) -> None:
     lanes[-1] = lanes[b]
     w.requests[-1] = w.requests[b]
     s, requests = lanes[-1], w.requests[-1]
     s.done_count = 0
     first = s.next_request[0]
-    _follow(World(w.grid[b], w.background[b], requests), r, s, states[b].total_s[rows[0]], states[-1], rows)
+    _follow(World(w.grid[home], w.background[home], requests), r, s, states[b].total_s[rows[0]], states[-1], rows)
     for later in range(len(rows)):
         is_there = first + later < r.num_requests - 1
         looked_s[later] = requests[0, LATENCY, first + later] if is_there else math.nan
@@ -291,6 +293,7 @@ def run_lanes(
     lanes: Array,
     states: Array,
     seen: Seen,
+    homes: Array,
     chosen: Array,
     rows: Array,
     mode: int,
@@ -302,16 +305,19 @@ def run_lanes(
 
     Args:
         w: worlds; arrays here have the lanes first, and requests and lanes one more than there are: to look ahead in.
+            Forks have requests of their own, the rest is that of their homes.
         plans: records of `PLANS`.
         lanes: records of `LANE`; blank ones for `BEGIN` and `PLAN`.
         states: records of `STATE`, one more than lanes: the last is for the other clients.
         seen: takes the observations of the requests then at hand, unless the mode is `PLAN`.
+        homes: lane whose world and plans each lane has: its own number, unless it is a fork.
         chosen: numbers of the lanes.
         rows: plan of client 0's request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of those that follow,
             shape (chosen, how many), below 0 where the planner decides.
         mode: `STEP`: submit that request and go on to the next; `BEGIN`: go to the first; `PLAN`: run the whole
             episode, the planner deciding for every client; `LOOK`: submit it in a copy of the lane and see what becomes
-            of it and of those that follow; the lane stays as it is.
+            of it and of those that follow; the lane stays as it is; `FINISH`: do not submit it, and go on until all
+            earlier ones have ended.
         is_over: takes where the request now at hand is the last.
         ended: takes the place in `chosen` and the number of each of client 0's requests that ended.
         looked_s: for `LOOK`, takes the latencies of the same requests.
@@ -322,12 +328,16 @@ def run_lanes(
     num_ended = 0
     for at in range(len(chosen)):
         b = chosen[at]
+        home = homes[b]
         if mode == LOOK:
-            _look(w, plans[b], lanes, states, b, rows[at], looked_s[at])
+            _look(w, plans[home], lanes, states, b, home, rows[at], looked_s[at])
             continue
-        world = World(w.grid[b], w.background[b], w.requests[b])
-        r, s, x = plans[b], lanes[b], states[b]
+        world = World(w.grid[home], w.background[home], w.requests[b])
+        r, s, x = plans[home], lanes[b], states[b]
         s.done_count = 0
+        if mode == FINISH:
+            _follow(world, r, s, 0.0, states[-1], rows[at])
+            continue
         if mode == STEP:
             submit(world, r, s, ZERO, rows[at, 0], x.total_s[rows[at, 0]])
         else:
