@@ -6,9 +6,14 @@ strip of rows is one piece of memory.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+
+After: TypeAlias = tuple[str, tuple[float, ...], str]
+"""What a kernel does to each of its results before it writes it: name, numbers, algorithm, as torch names them."""
+
+PLAIN: After = ("none", (), "")
 
 
 def is_packable(dtype: torch.dtype, device: torch.device) -> bool:
@@ -24,6 +29,7 @@ def pack_convolution(
     dilation: Sequence[int],
     groups: int,
     shape: Sequence[int],
+    after: After = PLAIN,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Make the function that convolves maps of one shape with a weight.
 
@@ -36,6 +42,7 @@ def pack_convolution(
         groups: of channels.
         shape: of the maps. It decides which kernel runs, and that how weights lie: with other maps they would be laid
             out anew at every call, which may take many times as long as the convolution.
+        after: an activation.
 
     Returns:
         A function of maps (batch, channels, rows, columns), channels innermost in what it takes and gives.
@@ -46,9 +53,10 @@ def pack_convolution(
     lay_out: Callable[..., torch.Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight
     convolve: Callable[..., torch.Tensor] = torch.ops.mkldnn._convolution_pointwise.default
     packed = lay_out(plain, *window, list(shape))
-    nothing_after: tuple[str, list[Any], str] = ("none", [], "")
+    name, numbers, algorithm = after
+    last: tuple[str, list[Any], str] = (name, list(numbers), algorithm)
 
     def run(maps: torch.Tensor) -> torch.Tensor:
-        return convolve(maps, packed, bias, *window, *nothing_after)
+        return convolve(maps, packed, bias, *window, *last)
 
     return run

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from runtime.errors import TensorMismatch
+from runtime.model.fusion import Fusion, find_fusions, fold_norm
 from runtime.model.graph import LayerGraph
 from runtime.model.kernels import is_packable, pack_convolution
 from runtime.model.observe import Seen
@@ -189,9 +190,7 @@ def make_tile_graph(graph: LayerGraph, tiling: Tiling, tile: Tile) -> LayerGraph
     writer = _Writer(graph, tile)
     layers = list(graph.layers)
     for index in tiling.stage.layers:
-        pairs = zip(graph.layers[index].ops, graph.spec.layers[index].spatial, strict=True)
-        ops = [written for op, spatial in pairs for written in writer.write(op, spatial)]
-        layers[index] = replace(layers[index], ops=tuple(ops))
+        layers[index] = replace(layers[index], ops=tuple(writer.write_layer(index)))
     return replace(
         graph,
         spec=_tile_spec(graph.spec, tile),
@@ -224,10 +223,30 @@ class _Writer:
         self.lineage: dict[str, frozenset[str]] = {}
         self._fresh = count(1 + max(graph.memory.values(), default=0))
         self._crops: dict[tuple[str, Region], str] = {}
+        self._fusions: dict[str, Fusion] = {}
         for name, region in tile.inputs.items():
             self._note(name, name, region)
 
-    def write(self, op: Op, spatial: SpatialOp) -> list[Op]:
+    def write_layer(self, index: int) -> list[Op]:
+        """A layer's operations as this tile runs them."""
+        own, spec = self.graph.layers[index].ops, self.graph.spec.layers[index]
+        self._fusions = find_fusions(own, spec.outputs, self.graph.constants)
+        taken_in: set[str] = set()
+        ops: list[Op] = []
+        for op, spatial in zip(own, spec.spatial, strict=True):
+            if op.name not in taken_in:
+                ops += self._write(op, spatial)
+                taken_in.update(self._fusion(op).followers)
+        return ops
+
+    def _fusion(self, op: Op) -> Fusion:
+        """What a convolution takes in, where its weights are laid out beforehand."""
+        found = self._fusions.get(op.name)
+        if found is None or not is_packable(self.graph.seen[op.name].dtype, self.graph.device):
+            return Fusion(op.name)
+        return found
+
+    def _write(self, op: Op, spatial: SpatialOp) -> list[Op]:
         """One operation as this tile runs it: crops, padding, itself."""
         share = self.tile.ops[op.name]
         self._note(op.name, op.name, share.makes)
@@ -287,8 +306,12 @@ class _Writer:
         batch, (rows, cols) = self.graph.seen[op.name].shape[0], share.reads[0].size
         shape = (batch, weight.shape[1] * groups, rows + padded[0], cols + padded[1])
         bias = None if bias is None else constants[bias.name]
-        target = pack_convolution(weight, bias, pair(stride), padding, pair(dilation), groups, shape)
-        return Op(op.name, target, (source,), {}, op.module)
+        fusion = self._fusion(op)
+        if fusion.norm is not None:
+            weight, bias = fold_norm(weight, bias, fusion.norm, constants)
+        target = pack_convolution(weight, bias, pair(stride), padding, pair(dilation), groups, shape, fusion.after)
+        self._note(fusion.name, fusion.name, share.makes)
+        return Op(fusion.name, target, (source,), {}, op.module)
 
     def _average(self, op: Op, spatial: SpatialOp, share: OpTile, ops: list[Op]) -> Op:
         """An average whose divisor counts what it counts in the whole map."""
