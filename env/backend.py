@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from env.reward import reward_terms
+from env.reward import EXCESS_WEIGHT, reward_terms
 from env.scenario import Scenario
 from env.site import Site
 from env.spaces import Observation, blank_observations, put_features
@@ -223,8 +223,8 @@ class Sent:
 class Book:
     """What both backends work out alike for a site: observations, bytes and terms."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, site: Site, excess_weight: float = EXCESS_WEIGHT) -> None:
+        self.site, self.excess_weight = site, excess_weight
         self.encoder = FeatureEncoder(site.problem)
         self.tiers = {node.name: node.tier for node in site.problem.deployment.nodes}
         self._scale_s = np.array([self.encoder.reference_s])
@@ -260,7 +260,7 @@ class Book:
     ) -> Ended:
         """Note the end of a request."""
         ours, deadline, reference = (np.array([value]) for value in (latency_s, deadline_s, reference_s))
-        term = float(reward_terms(ours, deadline, reference, self._scale_s)[0])
+        term = float(reward_terms(ours, deadline, reference, self._scale_s, self.excess_weight)[0])
         return Ended(
             number=number,
             plan=sent.plan,

@@ -11,6 +11,7 @@ import logging
 import queue
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from env.backend import Book, Ended, Seed, Sent, TwinBackend
 from env.live_site import LiveSite
 from env.play import Play, playable
+from env.reward import EXCESS_WEIGHT
 from env.scenario import Scenario
 from env.site import Site
 from env.spaces import Observation
@@ -28,6 +30,7 @@ from runtime.device.session import Arrival, InferenceResult, Session
 from runtime.errors import ConfigError, OffcutError, PeerTimeout
 from runtime.model.samples import sample_file
 from runtime.planning.arrays import encode_states
+from runtime.planning.policies.guard import GuardSettings, guard_mask
 from runtime.planning.policies.registry import fixed_policy
 from runtime.testbed.cluster import Cluster
 from runtime.types import DEVICE_NODE, Plan, SystemState
@@ -54,18 +57,29 @@ class LiveBackend:
         sites: where episodes can take place.
         num_requests: steps of an episode.
         log_folder: where the session's events go; None writes none.
+        guard: the mask leaves out what a guard with these limits and the planner as its fallback would refuse; None:
+            only what needs a node that is down.
+        excess_weight: of the linear part of the reward (`env.reward`).
 
     Raises:
         ConfigError: when there is no site, or a number is not positive.
     """
 
-    def __init__(self, sites: Sequence[LiveSite], *, num_requests: int, log_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        sites: Sequence[LiveSite],
+        *,
+        num_requests: int,
+        log_folder: Path | None = None,
+        guard: GuardSettings | None = None,
+        excess_weight: float = EXCESS_WEIGHT,
+    ) -> None:
         if not sites:
             raise ConfigError("expected at least one site, got none")
         self._sites = tuple(sites)
         self._twin = TwinBackend([site.site for site in sites], num_requests=num_requests)
-        self._books = [Book(site.site) for site in sites]
-        self._log_folder = log_folder
+        self._books = [Book(site.site, excess_weight) for site in sites]
+        self._log_folder, self._guard = log_folder, guard
         self._site = -1  # of the cluster
         self._cluster: Cluster | None = None
         self._episode: _Episode | None = None
@@ -140,8 +154,11 @@ class LiveBackend:
 
     def observation(self) -> Observation:
         """The same, encoded for a learner."""
-        episode = self._running()
-        return episode.book.observe(episode.book.encoder.encode_state(episode.arrival.state))
+        book, state = self._running().book, self._running().arrival.state
+        features = book.encoder.encode_state(state)
+        if self._guard is not None:
+            features = replace(features, mask=guard_mask(book.site.candidates, state, self._guard)[None])
+        return book.observe(features)
 
     def step(self, plan: Plan) -> tuple[bool, list[Ended]]:
         """Run the request at hand under any legal plan, and wait for the next.

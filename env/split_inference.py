@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 
-from env.backend import Backend, TwinBackend
+from env.backend import Backend, Ended, TwinBackend
 from env.catalogue import make_sites
 from env.draw import SCENARIOS
 from env.episodes import Episodes, pick_episode
@@ -83,6 +83,8 @@ class BackendEnv(gymnasium.Env[Observation, np.int64]):
         self._scenarios = make_scenarios(scenario)
         self._site, self._scenario = 0, 0
         self._observation: Observation = {}
+        self.ended: list[Ended] = []
+        """The requests that ended in the last step, with all that is known of them."""
         self._seed, self._count = 0, 0
         self._is_running, self._is_closed = False, False
 
@@ -101,7 +103,7 @@ class BackendEnv(gymnasium.Env[Observation, np.int64]):
         seeds = episode_seed(self._seed, 0, self._count)
         self._count += 1
         self._site, self._scenario = pick_episode(seeds, len(self.backend.sites), len(self._scenarios))
-        self._is_running = False
+        self._is_running, self.ended = False, []
         self._start(seeds)
         self._is_running = True
         self._observation = self.backend.observation()
@@ -131,23 +133,23 @@ class BackendEnv(gymnasium.Env[Observation, np.int64]):
             raise gymnasium.error.InvalidAction(f"expected an action in {self.action_space}, got {action}")
         plan = self.backend.sites[self._site].candidates.plans[int(action)]  # padding repeats the first plan
         try:
-            is_over, ended = self.backend.step(plan)
+            is_over, self.ended = self.backend.step(plan)
             self._observation = self.backend.observation()
         except (OffcutError, OSError) as error:
             return self._give_up(error)
         self._is_running = not is_over
         info = self._describe()
-        info["completed"] = [(one.number, one.latency_s, one.term) for one in ended]
-        info["outcomes"] = [one.outcome for one in ended]
+        info["completed"] = [(one.number, one.latency_s, one.term) for one in self.ended]
+        info["outcomes"] = [one.outcome for one in self.ended]
         info["paused_s"] = self.backend.paused_s
-        return self._copy(), math.fsum(one.term for one in ended), False, is_over, info
+        return self._copy(), math.fsum(one.term for one in self.ended), False, is_over, info
 
     def _give_up(self, error: Exception) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """End the episode for a fault that no decision caused."""
         logger.warning("an episode has ended by a fault: %s: %s", type(error).__name__, error)
         info = {**self._describe(), "completed": [], "outcomes": [], "paused_s": 0.0}
         info |= {"error_type": type(error).__name__, "error": str(error)}
-        self._is_running = False
+        self._is_running, self.ended = False, []
         self.backend.replace()
         return self._copy(), 0.0, False, True, info
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from env.live import LiveBackend
 from env.live_site import LiveSite, make_live_sites
+from env.reward import EXCESS_WEIGHT
 from env.scenario import Scenario
 from env.split_inference import NUM_REQUESTS, BackendEnv, check_sizes
+from runtime.planning.policies.guard import GuardSettings
 
 
 class SplitInferenceLiveEnv(BackendEnv):
@@ -21,6 +23,7 @@ class SplitInferenceLiveEnv(BackendEnv):
         num_requests: steps of an episode.
         sites: made before, instead of models.
         log_folder: where the device's events go, one line per request; None writes none.
+        guard, excess_weight: as `LiveBackend`.
         render_mode: none is known.
 
     Raises:
@@ -36,9 +39,13 @@ class SplitInferenceLiveEnv(BackendEnv):
         num_requests: int = NUM_REQUESTS,
         sites: Sequence[LiveSite] | None = None,
         log_folder: Path | None = None,
+        guard: GuardSettings | None = None,
+        excess_weight: float = EXCESS_WEIGHT,
         render_mode: str | None = None,
     ) -> None:
         check_sizes(num_requests, 1)
         places = make_live_sites(models) if sites is None else tuple(sites)
-        backend = LiveBackend(places, num_requests=num_requests, log_folder=log_folder)
+        backend = LiveBackend(
+            places, num_requests=num_requests, log_folder=log_folder, guard=guard, excess_weight=excess_weight
+        )
         super().__init__(backend, scenario, render_mode=render_mode)

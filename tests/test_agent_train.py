@@ -19,7 +19,7 @@ from agent.train.evaluate import Evaluator, compare
 from agent.train.facts import Facts
 from agent.train.rehearse import LookUp, Rehearsal, Tried
 from agent.train.run import run_train
-from agent.train.vecenv import TwinVecEnv
+from agent.train.vecenv import LearnerVecEnv
 from agent.train.watch import BEST
 from agent.train.worlds import Worlds
 from env.catalogue import make_sites
@@ -58,7 +58,7 @@ def weights_of(folder):
 
 
 def test_the_adapter_steps_as_the_environment_and_tells_sb3_of_truncation():
-    env, twin = make_env(), TwinVecEnv(make_env(), seed=7)
+    env, twin = make_env(), LearnerVecEnv(make_env(), seed=7)
     expected, _ = env.reset(seed=7)
     given = twin.reset()
     ended = 0
@@ -82,7 +82,7 @@ def test_the_adapter_steps_as_the_environment_and_tells_sb3_of_truncation():
     assert ended >= 6
     assert is_masking_supported(twin)
     assert twin.get_attr("num_envs", [0, 2]) == [3, 3]
-    assert twin.env_is_wrapped(TwinVecEnv) == [False] * 3
+    assert twin.env_is_wrapped(LearnerVecEnv) == [False] * 3
     twin.close()
 
 

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 
 import gymnasium
 import numpy as np
@@ -14,6 +15,9 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from env.live_site import COMPUTE_SLOW_DOWN, LiveSite, make_live_sites
 from env.scenario import SyntheticScenario
 from env.split_inference_live import SplitInferenceLiveEnv
+from runtime.planning.policies.guard import GuardedPolicy, GuardSettings, guard_mask
+from runtime.planning.policies.planner import build_planner
+from runtime.planning.policies.static import FixedPolicy
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -120,3 +124,13 @@ def test_steps_before_reset_and_after_close_are_refused_and_nothing_was_started(
     for call in (made.reset, lambda: made.step(np.int64(0))):
         with pytest.raises(ClosedEnvironmentError):
             call()
+
+
+def test_a_guarded_environment_masks_what_the_guard_would_refuse(site: LiveSite) -> None:
+    with closing(SplitInferenceLiveEnv(sites=[site], num_requests=2, guard=GuardSettings())) as made:
+        made.reset(seed=3)
+        state, choices = made.backend.state(), site.site.candidates
+        np.testing.assert_array_equal(made.action_masks(), guard_mask(choices, state))
+        plan = choices.plans[int(made.action_masks().argmax())]
+        planner = build_planner(site.site.problem)
+        assert GuardedPolicy(site.site.problem, FixedPolicy(plan), planner).plan(state) == plan

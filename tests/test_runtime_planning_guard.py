@@ -1,14 +1,16 @@
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 
-from runtime.planning.policies.guard import REASONS, GuardedPolicy
+from runtime.planning.policies.guard import REASONS, GuardedPolicy, guard_mask
 from runtime.planning.policies.planner import build_planner
 from runtime.planning.policies.static import FixedPolicy
 from runtime.planning.problem import PlanningProblem
-from runtime.types import Plan, SystemState
+from runtime.types import Constraints, Plan, SystemState
 from tests.graphs import make_state, varied
+from tests.problems import random_problem, random_state
 
 
 @dataclass
@@ -132,3 +134,35 @@ def test_reset_reaches_both_and_keeps_the_counts() -> None:
     primary.took_s = 0.0
     assert guard.plan(STATE) == primary.answer  # no rest any more
     assert guard.reasons["late"] == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_mask_of_a_learner_is_what_the_guard_lets_pass(seed: int) -> None:
+    problem = random_problem(seed, edges=2)
+    planner = build_planner(problem)
+    choices, counts = planner.candidates, np.zeros(2, dtype=int)
+    for draw in range(6):
+        state = random_state(problem, 10 * seed + draw)
+        if draw % 3 == 1:
+            nodes = tuple(replace(node, is_up=node.name != "edge0") for node in state.nodes)
+            state = replace(state, nodes=nodes)
+        elif draw % 3 == 2:
+            state = replace(state, recent_errors=(9.0,) * 4)
+        passes = []
+        for plan in choices.plans[: choices.num_plans]:
+            guard = GuardedPolicy(problem, FixedPolicy(plan), planner)
+            passes.append(guard.plan(state) == plan)
+        mask = guard_mask(choices, state)
+        assert mask[: choices.num_plans].tolist() == passes
+        assert not mask[choices.num_plans :].any()
+        counts += mask.sum(), choices.num_plans - mask.sum()
+    assert counts.min() > 0  # both happen
+
+
+def test_where_nothing_can_run_the_planners_choice_passes_alone() -> None:
+    problem = random_problem(1, constraints=Constraints(device_has_model=False))
+    state = random_state(problem, 1)
+    state = replace(state, nodes=tuple(replace(node, is_up=False) for node in state.nodes))
+    planner = build_planner(problem)
+    mask = guard_mask(planner.candidates, state)
+    assert [planner.candidates.plans[k] for k in np.flatnonzero(mask)] == [planner.plan(state)]

@@ -15,6 +15,12 @@ HELD_OUT = ("timm:xception", "torchvision:googlenet", "torchvision:vgg16")
 QUICK_MODELS = ("torchvision:squeezenet1_1", "torchvision:resnet18")
 """What `--quick` learns on where no models are named."""
 
+LIVE_MODELS = ("torchvision:squeezenet1_1",)
+"""What `--live` learns on where no models are named."""
+
+LIVE_STEPS = 256
+"""Most decisions of `--live`: some minutes."""
+
 _POSITIVE = (
     "per_model", "num_envs", "num_requests", "n_steps", "batch_size", "epochs", "hidden", "steps", "eval_every",
     "eval_episodes", "save_every", "threads", "learning_rate", "grad_norm", "rehearsal_steps", "rehearsal_keep",
@@ -38,6 +44,13 @@ class TrainConfig:
 
     quick: bool = False
     """Two small models, few decisions: shows in a minute or two that everything works, not what comes of it."""
+
+    live: bool = False
+    """A short training on the real runtime: processes on this machine, in real time, with the guard's rules in the mask.
+    One small model unless --models names others, 256 steps unless --steps are fewer, no rehearsal; evaluated in the twin."""
+
+    start_from: str | None = None
+    """Folder or name of a checkpoint to begin with, instead of the planner; the network is as wide as its own."""
 
     # --- where it learns
     models: tuple[str, ...] = ()
@@ -184,6 +197,7 @@ class TrainConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"expected --{name.replace('_', '-')} within 0 and 1, got {getattr(self, name)}")
         self._check_choices()
+        self._check_places()
 
     def _check_choices(self) -> None:
         for kind in self.input_kinds:
@@ -192,15 +206,6 @@ class TrainConfig:
         for name in ("input_kinds", "scenarios", "eval_scenarios"):
             if not getattr(self, name):
                 raise ConfigError(f"expected at least one of --{name.replace('_', '-')}, got none")
-        if self.traces is None and not self.synthetic:
-            raise ConfigError("expected --traces DIR with --no-synthetic: there would be nothing to play")
-        if self.from_logs is not None and len(self.models) != 1:
-            raise ConfigError(
-                f"expected one of --models with --from-logs, got {len(self.models)}; name the logs' model"
-            )
-        both = set(self.models) & set(self.held_out)
-        if both:
-            raise ConfigError(f"expected models to be learnt on or held out, got both for {', '.join(sorted(both))}")
         if self.num_envs * self.n_steps < self.batch_size:
             raise ConfigError(
                 f"expected --batch-size <= num_envs * n_steps = {self.num_envs * self.n_steps}, got {self.batch_size}"
@@ -208,8 +213,23 @@ class TrainConfig:
         if self.credit == "decision" and self.hold >= self.n_steps:
             raise ConfigError(f"expected --hold < n_steps = {self.n_steps}, got {self.hold}")
 
+    def _check_places(self) -> None:
+        if self.traces is None and not self.synthetic:
+            raise ConfigError("expected --traces DIR with --no-synthetic: there would be nothing to play")
+        if self.from_logs is not None and len(self.models) != 1:
+            raise ConfigError(
+                f"expected one of --models with --from-logs, got {len(self.models)}; name the logs' model"
+            )
+        if self.from_logs is not None and self.live:
+            raise ConfigError("expected --live or --from-logs, got both: logs are played in the twin")
+        both = set(self.models) & set(self.held_out)
+        if both:
+            raise ConfigError(f"expected models to be learnt on or held out, got both for {', '.join(sorted(both))}")
+
     def effective(self) -> "TrainConfig":
-        """These settings, or with `quick` the small ones instead of what makes a training long."""
+        """These settings, or with `quick` or `live` the small ones instead of what makes a training long."""
+        if self.live:
+            return self._live()
         if not self.quick:
             return self
         return replace(
@@ -227,6 +247,28 @@ class TrainConfig:
             eval_episodes=1,
             eval_every=2048,
             save_every=2048,
+        )
+
+    def _live(self) -> "TrainConfig":
+        steps = min(self.steps, LIVE_STEPS)
+        n_steps = min(self.n_steps, 32, steps)
+        return replace(
+            self,
+            quick=False,
+            models=self.models or LIVE_MODELS,
+            held_out=(),
+            random_models=0,
+            per_model=1,
+            rehearsal=0,
+            steps=steps,
+            num_envs=1,
+            num_requests=min(self.num_requests, 32),
+            n_steps=n_steps,
+            batch_size=min(self.batch_size, n_steps),
+            hold=min(self.hold, n_steps // 4),
+            eval_episodes=1,
+            eval_every=steps,
+            save_every=steps,
         )
 
     @property
@@ -255,7 +297,8 @@ class TrainConfig:
         """What the result follows from, as JSON can hold it: no folders, and traces by their folder's name only."""
         left_out = ("out", "resume", "threads", "save_every")
         named = {key: value for key, value in asdict(self).items() if key not in left_out}
-        folders = {"traces": self.traces, "from_logs": self.from_logs}
+        start = None if self.start_from is None else Path(self.start_from)
+        folders = {"traces": self.traces, "from_logs": self.from_logs, "start_from": start}
         return named | {key: None if path is None else path.name for key, path in folders.items()}
 
     def to_json(self) -> dict[str, Any]:

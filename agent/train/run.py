@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,18 +11,24 @@ import torch
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import configure
 
-from agent.network import CandidatePolicy
+from agent.checkpoint import Checkpoint, load_checkpoint
+from agent.network import CandidatePolicy, import_weights
+from agent.policies import find_checkpoint
 from agent.tables import loading
 from agent.train.buffer import CreditRolloutBuffer
 from agent.train.config import TrainConfig
 from agent.train.evaluate import Evaluator
+from agent.train.live import LiveLane
 from agent.train.rehearse import Rehearsal
 from agent.train.state import State, load_config, load_state, save_config, save_state
 from agent.train.tell import Teller
-from agent.train.vecenv import TwinVecEnv
+from agent.train.vecenv import LearnerVecEnv
 from agent.train.watch import BEST, Watch
 from agent.train.worlds import Worlds, describe_traces, training_worlds, validation_worlds
+from env.split_inference_live import SplitInferenceLiveEnv
 from env.vector import SplitInferenceVectorEnv
+from runtime.errors import ConfigError
+from runtime.planning.policies.guard import GuardSettings
 
 
 def run_train(config: TrainConfig) -> None:
@@ -35,12 +42,16 @@ def run_train(config: TrainConfig) -> None:
     torch.distributions.Distribution.set_default_validate_args(False)  # a third of a step otherwise
     if config.resume:
         config = load_config(config)
+    config, start = _find_start(config)
     with loading("choosing plans for every site"):
         worlds = training_worlds(config)
         env = make_env(config, worlds)
         evaluators = _evaluators(config)
     model = make_model(config, env)
     state = load_state(config.out, model) if config.resume else State()
+    if start is not None and not config.resume:
+        import_weights(cast("CandidatePolicy", model.policy), start.weights)
+        state.facts.seen = start.manifest.seen
     save_config(config)
     env.seed(config.seed * 2**20 + state.steps // config.rollout)
     model.set_logger(configure(str(config.out / "tensorboard"), ["tensorboard"]))
@@ -53,10 +64,22 @@ def run_train(config: TrainConfig) -> None:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            model.logger.close()
+            env.close()
         _say_end(config, state, teller)
-    env.close()
     if watch.stop_signal:
         sys.exit(128 + watch.stop_signal)
+
+
+def _find_start(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
+    """Read the checkpoint to begin with, and make the network as wide as its own."""
+    if config.start_from is None or config.resume:
+        return config, None
+    folder = find_checkpoint(config.start_from)
+    if folder is None:
+        raise ConfigError(f"expected a checkpoint as --start-from, got the rule {config.start_from}")
+    start = load_checkpoint(folder)
+    return replace(config, hidden=start.manifest.hidden), start
 
 
 def _learn(config: TrainConfig, worlds: Worlds, model: MaskablePPO, watch: Watch) -> None:
@@ -87,8 +110,20 @@ def _say_end(config: TrainConfig, state: State, teller: Teller) -> None:
         teller.say(f"{state.decisions:,} decisions in {state.trained_s / 60.0:.1f} min; {best}")
 
 
-def make_env(config: TrainConfig, worlds: Worlds) -> TwinVecEnv:
+def make_env(config: TrainConfig, worlds: Worlds) -> LearnerVecEnv:
     """Make what is learnt in."""
+    if worlds.live:
+        scenarios = tuple(worlds.scenarios.values())
+        log_folder = config.out / "session"
+        live = SplitInferenceLiveEnv(
+            scenario=scenarios,
+            num_requests=config.num_requests,
+            sites=worlds.live,
+            log_folder=log_folder,
+            guard=GuardSettings(),
+            excess_weight=config.excess_weight,
+        )
+        return LearnerVecEnv(LiveLane(live))
     env = SplitInferenceVectorEnv(
         config.num_envs,
         scenario=tuple(worlds.scenarios.values()),
@@ -97,10 +132,10 @@ def make_env(config: TrainConfig, worlds: Worlds) -> TwinVecEnv:
         staggered=True,
         excess_weight=config.excess_weight,
     )
-    return TwinVecEnv(env)
+    return LearnerVecEnv(env)
 
 
-def make_model(config: TrainConfig, env: TwinVecEnv) -> MaskablePPO:
+def make_model(config: TrainConfig, env: LearnerVecEnv) -> MaskablePPO:
     """Make the learner, untrained."""
     last = 1.0 / config.num_updates
 

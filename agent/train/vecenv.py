@@ -1,4 +1,4 @@
-"""The vector environment as Stable-Baselines3 wants it."""
+"""Environments as Stable-Baselines3 wants them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +8,13 @@ import numpy.typing as npt
 from gymnasium import spaces
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from agent.train.live import LiveLane
 from env.episodes import Completed
 from env.vector import SplitInferenceVectorEnv
 
 
-class TwinVecEnv(VecEnv):
-    """Steps `SplitInferenceVectorEnv`; both start the next episode in the step that ends one.
+class LearnerVecEnv(VecEnv):
+    """Steps the twin's environments, or the live one; all start the next episode in the step that ends one.
 
     An ended episode is a truncated one: its info holds `terminal_observation` and `TimeLimit.truncated`, from which
     SB3 adds the value of what would have followed. `completed` holds the requests that ended in the last step, of all
@@ -24,7 +25,7 @@ class TwinVecEnv(VecEnv):
         seed: of the first `reset`; `seed` sets another.
     """
 
-    def __init__(self, env: SplitInferenceVectorEnv, seed: int = 0) -> None:
+    def __init__(self, env: SplitInferenceVectorEnv | LiveLane, seed: int = 0) -> None:
         self.env = env
         self.completed: Completed | None = None
         self._seed: int | None = seed

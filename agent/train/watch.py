@@ -18,7 +18,7 @@ from agent.train.evaluate import Evaluator, Ratios, as_features, score_of
 from agent.train.facts import decisions, latencies
 from agent.train.state import State, save_state
 from agent.train.tell import Teller, results_table
-from agent.train.vecenv import TwinVecEnv
+from agent.train.vecenv import LearnerVecEnv
 from env.episodes import Completed
 from env.spaces import Observation
 from runtime.errors import OffcutError
@@ -65,7 +65,7 @@ class Watch(BaseCallback):
 
     def _on_step(self) -> bool:
         env, buffer = self.training_env, self._buffer
-        assert isinstance(env, TwinVecEnv)
+        assert isinstance(env, LearnerVecEnv)
         assert env.completed is not None
         if self.config.credit == "decision":
             buffer.note(env.completed)

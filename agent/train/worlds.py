@@ -2,11 +2,13 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from agent.train.config import TrainConfig
 from env.catalogue import make_sites
 from env.correction import corrected
+from env.live_site import LiveSite, make_live_sites
 from env.log_scenario import LogScenario, site_from_log
 from env.logs import read_log
 from env.scenario import Scenario, SyntheticScenario, TraceScenario
@@ -23,6 +25,8 @@ class Worlds:
     sites: tuple[Site, ...]
     scenarios: dict[str, Scenario]
     """By name: the kind, `-traces` behind it where it plays recordings."""
+    live: tuple[LiveSite, ...] = ()
+    """What it takes to start these sites on this machine; only with `--live`."""
 
 
 def training_worlds(config: TrainConfig) -> Worlds:
@@ -33,6 +37,9 @@ def training_worlds(config: TrainConfig) -> Worlds:
     """
     if config.from_logs is not None:
         return _logged_worlds(config, config.from_logs)
+    if config.live:
+        live = _live_sites(config.learnt_models, config.seed)
+        return Worlds(tuple(one.site for one in live), _scenarios(config, config.scenarios, "train"), live)
     sites = _sites(config, config.learnt_models, config.per_model, 2 * config.seed + 1)
     return Worlds(sites, _scenarios(config, config.scenarios, "train"))
 
@@ -40,12 +47,23 @@ def training_worlds(config: TrainConfig) -> Worlds:
 def validation_worlds(config: TrainConfig, models: tuple[str, ...]) -> Worlds:
     """Make what is evaluated on: one site of each model and input kind, whatever the training's seed.
 
+    A live training is evaluated in the twin, at its own sites.
+
     Raises:
         ConfigError: when there is no such model, scenario or trace.
     """
     if config.from_logs is not None:
         return _logged_worlds(config, config.from_logs)
+    if config.live:
+        sites = tuple(one.site for one in _live_sites(models, config.seed))
+        return Worlds(sites, _scenarios(config, config.eval_scenarios, "validation"))
     return Worlds(_sites(config, models, 1, 0), _scenarios(config, config.eval_scenarios, "validation"))
+
+
+@lru_cache(maxsize=1)
+def _live_sites(models: tuple[str, ...], seed: int) -> tuple[LiveSite, ...]:
+    """Load models once for training and evaluation."""
+    return make_live_sites(models, seed=seed)
 
 
 def _logged_worlds(config: TrainConfig, path: Path) -> Worlds:

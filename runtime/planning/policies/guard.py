@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from runtime.errors import PlanError
-from runtime.planning.arrays import encode_states
+from runtime.planning.arrays import BoolArray, FloatArray, StateArrays, encode_states
+from runtime.planning.candidates import Candidates
 from runtime.planning.cost import predict_total
 from runtime.planning.estimators import tuned_arrays
 from runtime.planning.problem import PlanningProblem, Policy, check_plan
-from runtime.planning.rows import compile_plan
+from runtime.planning.rows import PlanCosts, compile_plan
 from runtime.types import Plan, SystemState
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,60 @@ class GuardSettings:
 
 
 _DEFAULTS = GuardSettings()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objections:
+    """What a guard has against plans, shape (B, K) each."""
+
+    is_down: BoolArray  # needs a node that is down, or a link for tiles that does not stand
+    is_worse: BoolArray  # would be much slower than the fallback, or nobody can tell
+
+    @property
+    def is_refused(self) -> BoolArray:
+        """Where either speaks against the plan."""
+        return self.is_down | self.is_worse
+
+
+def object_to(costs: PlanCosts, state: StateArrays, fallback_s: FloatArray, settings: GuardSettings) -> Objections:
+    """Judge plans in states: the one place that says which of them a guard lets pass.
+
+    Args:
+        costs: K plans.
+        state: B states.
+        fallback_s: predicted latency of the fallback's plan in each, shape (B,).
+        settings: limits.
+    """
+    missing = ~state.is_up @ costs.full("needs").T + np.isnan(state.rtt_s) @ costs.full("needs_links").T
+    # Written so that a prediction that is not a number counts as worse.
+    is_near = predict_total(costs, tuned_arrays(state), state) <= settings.worse_factor * fallback_s[:, None]
+    return Objections(missing > 0, ~is_near)
+
+
+def guard_mask(choices: Candidates, state: SystemState, settings: GuardSettings = _DEFAULTS) -> BoolArray:
+    """Tell which candidates a `GuardedPolicy` whose fallback is the planner would let pass, shape (K,).
+
+    The planner's own choice always passes; where the recent predictions were wrong nothing else does. So a policy that
+    chooses among these is never overridden for what its plan is.
+    """
+    arrays = encode_states(choices.costs.layout, (state,))
+    penalty = choices.penalty(arrays)
+    predicted_s = predict_total(choices.costs, tuned_arrays(arrays), arrays)
+    fallback = int((predicted_s + penalty).argmin())
+    mask: BoolArray = np.zeros(len(choices.plans), dtype=np.bool_)
+    if not _is_miscalibrated(state, settings):
+        mask = ~object_to(choices.costs, arrays, predicted_s[:, fallback], settings).is_refused[0]
+        mask &= penalty[0] <= penalty.min()
+    mask[fallback] = True
+    return mask
+
+
+def _is_miscalibrated(state: SystemState, settings: GuardSettings) -> bool:
+    """Whether the recent prediction errors are outside the calibrated range."""
+    if len(state.recent_errors) < settings.min_errors:
+        return False
+    low, high = settings.error_range
+    return not low <= statistics.median(state.recent_errors) <= high
 
 
 @dataclass(slots=True)
@@ -91,7 +148,7 @@ class GuardedPolicy:
 
     def _ask(self, state: SystemState, fallback: Plan) -> tuple[Plan | None, str]:
         """The primary's plan and no reason, or no plan and the reason."""
-        if self._is_miscalibrated(state):
+        if _is_miscalibrated(state, self.settings):
             return None, "error"
         if self._resting:
             self._resting -= 1
@@ -120,17 +177,10 @@ class GuardedPolicy:
             return None, "illegal"
         costs, other = compile_plan(self.problem, plan), compile_plan(self.problem, fallback)
         arrays = encode_states(costs.layout, (state,))
-        if (~arrays.is_up @ costs.needs.T > 0).any():
+        fallback_s = predict_total(other, tuned_arrays(arrays), arrays)[:, 0]
+        found = object_to(costs, arrays, fallback_s, self.settings)
+        if found.is_down.any():
             return None, "down"
-        readings = tuned_arrays(arrays)
-        limit_s = self.settings.worse_factor * predict_total(other, readings, arrays)[0, 0]
-        # Written so that a prediction that is not a number counts as worse.
-        if not predict_total(costs, readings, arrays)[0, 0] <= limit_s:
+        if found.is_worse.any():
             return None, "worse"
         return plan, ""
-
-    def _is_miscalibrated(self, state: SystemState) -> bool:
-        if len(state.recent_errors) < self.settings.min_errors:
-            return False
-        low, high = self.settings.error_range
-        return not low <= statistics.median(state.recent_errors) <= high
