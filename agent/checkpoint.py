@@ -194,7 +194,7 @@ def _read_manifest(folder: Path) -> Manifest:
         versions = msgspec.json.decode(data, type=_Versions)
         _check_versions(versions, where)
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # the latter for bytes within a string
         raise ConfigError(f"expected the manifest of a checkpoint in {where}, got {error}") from error
     if manifest.hidden < 1 or not manifest.error_range[0] < manifest.error_range[1]:
         raise ConfigError(

@@ -115,6 +115,29 @@ def test_bytes_that_are_no_tensors_are_named(tmp_path: Path) -> None:
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors"])
+def test_no_damage_is_anything_but_a_named_error(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "mine")
+    whole, rng = (folder / name).read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for draw in range(300):
+        damaged = bytearray(whole)
+        if draw % 3 == 0:
+            damaged = damaged[: rng.integers(len(whole))]
+        else:
+            for _ in range(draw % 3):
+                damaged[rng.integers(min(len(whole), 1000))] = rng.integers(256)
+        if name == "manifest.json":
+            (folder / name).write_bytes(damaged)
+        else:
+            replace_weights(folder, bytes(damaged))  # also where the hash fits
+        try:
+            load_checkpoint(folder)
+        except ConfigError:
+            refused += 1
+    assert refused > 150  # of the others some digits differ, or a name
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

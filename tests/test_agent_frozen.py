@@ -107,6 +107,17 @@ def test_scores_that_are_no_numbers_are_never_a_plan(checkpoint: Checkpoint) -> 
     assert guard.last_reason == "raised"
 
 
+def test_weights_out_of_any_range_are_never_a_plan(checkpoint: Checkpoint) -> None:
+    large = {name: np.full_like(values, 1e38) for name, values in checkpoint.weights.items()}
+    guard = GuardedPolicy(
+        PROBLEM, FrozenPolicy(PROBLEM, dataclasses.replace(checkpoint, weights=large)), build_planner(PROBLEM)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert guard.plan(STATES[1]) == guard.fallback.plan(STATES[1])
+    assert guard.last_reason == "raised"
+
+
 def test_the_guard_trusts_the_policy_in_range_and_the_planner_outside(folder: Path) -> None:
     guard = load_policy(str(folder)).build(PROBLEM)
     bare = load_policy(str(folder), guard=False).build(PROBLEM)
