@@ -53,6 +53,10 @@ class InferConfig:
     where to cut), or the folder of a trained policy (checkpoints/NAME). None takes cloud-only, or edge-only where there is
     no cloud."""
 
+    shadow: str | None = None
+    """A policy, named as for --policy, that is asked too and never obeyed: what it would have done goes into
+    events.jsonl, beside every decision, and into the summary."""
+
     codec: str | None = None
     """Codec of the plan: auto, raw, lossless, fp16, int8; the last two need lossless_only = false."""
 

@@ -17,6 +17,7 @@ from agent.preflight import Files, Prepared
 from agent.tables import LATENCY_COLUMNS, latency_cells, latency_line, loading
 from runtime.deployment import Deployment
 from runtime.device.session import InferenceResult, Session
+from runtime.device.shadow import ShadowCounts
 from runtime.device.telemetry import default_log_folder
 from runtime.errors import InputError, NodeError, OffcutError, TransportError
 from runtime.model.graph import trace
@@ -56,10 +57,11 @@ def run_infer(config: InferConfig, prepared: Prepared) -> None:
         OffcutError: what makes all requests impossible; or, at the end, that some have failed.
     """
     deployment, policy, requests = prepared.deployment, prepared.policy, prepared.requests
+    logs = default_log_folder(config.deployment)
     printer: _Printer = _JsonLines(config.top) if config.json else _Table(deployment, policy, requests)
     names = ", ".join(node.name for node in deployment.nodes)
     with loading(f"loading {deployment.model.spec}, connecting to {names}"):
-        session = Session(deployment, policy, log_folder=default_log_folder(config.deployment))
+        session = Session(deployment, policy, shadow=prepared.shadow, log_folder=logs)
     rows: list[Row] = []
     with session:
         for why in session.unusable.values():
@@ -74,6 +76,8 @@ def run_infer(config: InferConfig, prepared: Prepared) -> None:
                     rows.append(row.without_output())
         finally:  # also after Ctrl-C: what has run stands
             printer.finish(rows, rows[-len(requests) :])
+    if session.shadow is not None:
+        printer.watched(describe_shadow(session.shadow))
     failed = [(row.files, row.error) for row in rows if row.error is not None]
     if failed:
         files, error = failed[0]
@@ -138,6 +142,8 @@ class _Printer(Protocol):
 
     def finish(self, rows: Sequence[Row], last_turn: Sequence[Row]) -> None: ...
 
+    def watched(self, text: str) -> None: ...
+
 
 class _Table:
     """Rows for people."""
@@ -182,6 +188,10 @@ class _Table:
         if rows:
             self._print(summarise(rows))
 
+    def watched(self, text: str) -> None:
+        """Print what the shadow would have done."""
+        self._print(text)
+
     def _left(self, name: str, outcome: str) -> str:
         if len(name) > self._name_characters:
             name = "…" + name[1 - self._name_characters :]  # frames differ at the end of their names
@@ -214,6 +224,19 @@ def summarise(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def describe_shadow(counts: ShadowCounts) -> str:
+    """Sum up what a shadow would have done."""
+    parts = []
+    if counts.decisions > counts.failures.total():
+        parts.append(f"the same plan in {counts.agreed} of {counts.decisions} decisions ({counts.agreed_frac:.0%})")
+    if counts.compared:
+        both = (1e3 * seconds / counts.compared for seconds in (counts.shadow_s, counts.taken_s))
+        parts.append("predicted mean {:.1f} ms, taken {:.1f} ms ({:+.1%})".format(*both, counts.difference_frac))
+    for what, found in (("its guard decided", counts.guarded), ("no plan", counts.failures)):
+        parts += [f"{what} {count}x: {reason}" for reason, count in found.items()]
+    return f"shadow {counts.policy}: {'; '.join(parts) or 'not asked'}"
+
+
 class _JsonLines:
     """One JSON object per request for programs."""
 
@@ -227,6 +250,10 @@ class _JsonLines:
 
     def finish(self, rows: Sequence[Row], last_turn: Sequence[Row]) -> None:
         """Print nothing more."""
+
+    def watched(self, text: str) -> None:
+        """Tell people; programs find it in the events."""
+        sys.stderr.write(text + "\n")
 
 
 def to_record(row: Row, top: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Prepared:
 
     deployment: Deployment
     policy: PolicySpec
+    shadow: PolicySpec | None
     requests: tuple[Files, ...]
 
 
@@ -37,7 +38,10 @@ def prepare(config: InferConfig) -> Prepared:
     """
     deployment = load_deployment(config.deployment)
     policy = _check_arguments(deployment, config)
-    return Prepared(deployment, policy, group_files(config.inputs, deployment.model.batch_size))
+    shadow = None if config.shadow is None else load_policy(config.shadow)
+    if shadow is not None and config.codec is not None:
+        shadow = _with_codec(shadow, config.codec)
+    return Prepared(deployment, policy, shadow, group_files(config.inputs, deployment.model.batch_size))
 
 
 def _check_arguments(deployment: Deployment, config: InferConfig) -> PolicySpec:

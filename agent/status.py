@@ -75,6 +75,13 @@ def _print_session(console: Console, session: dict[str, Any]) -> None:
         console.print(f"  {name}: {PREDICTED}", markup=False)
     for reason, count in session.get("guard_reasons", {}).items():
         console.print(f"  guard: the fallback rule decided, {count}x: {reason}", markup=False)
+    if session.get("shadow"):
+        shadow = session["shadow"]
+        console.print(
+            f"shadow {shadow['policy']}: the same plan in {shadow['agreed']} of {shadow['decisions']} decisions, no plan "
+            f"in {sum(shadow['failures'].values())}",
+            markup=False,
+        )
     for reason, count in session["fallback_reasons"].items():
         console.print(f"  finished on the device, {count}x: {reason}", markup=False)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runtime.deployment import Deployment, load_deployment
-    from runtime.device.session import InferenceResult, Session, connect
+    from runtime.device.connect import connect
+    from runtime.device.session import InferenceResult, Session
     from runtime.errors import OffcutError
     from runtime.model.graph import LayerGraph, trace
     from runtime.model.segment import run_local
@@ -33,7 +34,7 @@ _HOMES = {
     "Session": "runtime.device.session",
     "SystemState": "runtime.types",
     "Tier": "runtime.types",
-    "connect": "runtime.device.session",
+    "connect": "runtime.device.connect",
     "fixed_policy": "runtime.planning.policies.registry",
     "load_deployment": "runtime.deployment",
     "load_model": "runtime.model.zoo",

@@ -5,11 +5,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.device.contacts import Contacts
 from runtime.device.request import Answer, Request
-from runtime.device.telemetry import Event, EventLog, write_status
+from runtime.device.shadow import ShadowCounts
+from runtime.device.telemetry import Event, EventLog, Opinion, write_status
 from runtime.errors import OffcutError
 from runtime.types import Plan, SystemState
 
@@ -52,7 +55,7 @@ class Journal:
             self._reasons[request.reason.partition(":")[0]] += 1
         if self._log is None:
             return
-        self._log.write(
+        self._write(
             Event(
                 request=request.number,
                 arrived_after_s=request.arrived_at_s - self._began_at_s,
@@ -70,8 +73,18 @@ class Journal:
                 reason=request.reason if error is None else f"{type(error).__name__}: {error}",
                 deadline_met=answer is not None and request.is_in_time(answer.latency),
                 is_protected=request.is_protected,
-            )
+            ),
+            request.shadow,
         )
+
+    def _write(self, event: Event, opinion: "Future[Opinion] | None") -> None:
+        """Write an event, as soon as the shadow's opinion is there."""
+        assert self._log is not None
+        log = self._log
+        if opinion is None:
+            log.write(event)
+        else:
+            opinion.add_done_callback(lambda done: log.write(replace(event, shadow=done.result())))
 
     def refused(self, number: int, arrived_at_s: float, policy: str, plan: Plan | None, error: OffcutError) -> None:
         """Note a request that was refused before it was sent anywhere: it is a line of the log as any other."""
@@ -91,7 +104,14 @@ class Journal:
         )
 
     def write_status(
-        self, contacts: Contacts, state: SystemState, policy: str, *, guard: Mapping[str, int], is_running: bool
+        self,
+        contacts: Contacts,
+        state: SystemState,
+        policy: str,
+        *,
+        guard: Mapping[str, int],
+        shadow: ShadowCounts | None,
+        is_running: bool,
     ) -> None:
         """Replace `status.json`; a folder that is gone or full must not cost an answer."""
         if self._folder is None:
@@ -109,6 +129,7 @@ class Journal:
             "outcomes": dict(self._counts),
             "fallback_reasons": dict(self._reasons),
             "guard_reasons": guard,
+            "shadow": shadow,
             "device_backlog_s": state.device_backlog_s,
             "uplink_backlog_bytes": state.uplink_backlog_bytes,
             "nodes": state.nodes,

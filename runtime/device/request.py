@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runtime.device.telemetry import Opinion
 from runtime.errors import OffcutError
 from runtime.planning.problem import Route
 from runtime.types import DEVICE_NODE, LatencyBreakdown, Plan, SystemState
@@ -48,6 +49,7 @@ class Request:
     is_protected: bool
     decision_s: float
     future: "Future[Answer]" = field(default_factory=Future)
+    shadow: "Future[Opinion] | None" = None  # what the policy that is watched would have done
     is_stage_done: bool = False
     is_local: bool = False
     is_remote: bool = False  # sent to `target` and still hoped for

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from runtime.deployment import Deployment, load_deployment
+from runtime.deployment import Deployment
 from runtime.device.board import RequestFacts
 from runtime.device.client import Client
 from runtime.device.journal import Journal
 from runtime.device.request import PROTECTION_FACTOR, Answer, Request
-from runtime.device.telemetry import default_log_folder
+from runtime.device.shadow import Shadow, ShadowCounts
 from runtime.errors import ConfigError, InputError, OffcutError, PeerTimeout
 from runtime.model.graph import unflatten_outputs
 from runtime.model.inputs import Admitted, admit
@@ -34,7 +34,6 @@ from runtime.profiles.shipped import shipped_ratios
 from runtime.types import (
     DEVICE_NODE,
     INPUT_KINDS,
-    Constraints,
     GraphSpec,
     LatencyBreakdown,
     ModelProfile,
@@ -104,6 +103,8 @@ class Session:
     Args:
         deployment: model, nodes, constraints.
         policy: the rule that picks a plan for each request.
+        shadow: another that is asked beside it and never obeyed; what it would have done goes into the events, which
+            may then be written a moment after the answer, and into `shadow`.
         log_folder: where `events.jsonl` and `status.json` go; None writes neither.
         threads: torch threads of this process.
         connect_timeout_s: how long to wait for nodes that do not answer.
@@ -121,6 +122,7 @@ class Session:
         deployment: Deployment,
         policy: PolicySpec,
         *,
+        shadow: PolicySpec | None = None,
         log_folder: Path | None = None,
         threads: int = 1,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
@@ -135,6 +137,7 @@ class Session:
         else:
             self._local = load_local(deployment, self._auto) if local is None else local
         self._journal = Journal(log_folder, deployment.model.spec)
+        self._shadow = None if shadow is None else Shadow(shadow)
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._policies: dict[str, tuple[PlanningProblem, Policy]] = {}
@@ -168,6 +171,8 @@ class Session:
 
     def close(self) -> None:
         """End the session; requests that have not ended fail."""
+        if self._shadow is not None:
+            self._shadow.close()  # first, so that the last status has all that it said
         self._client.close()
         self._journal.close()
 
@@ -313,13 +318,23 @@ class Session:
         """What the policy was built for, with the profiles of all nodes that have described themselves."""
         return self._policy(input_kind)[0]
 
+    @property
+    def shadow(self) -> ShadowCounts | None:
+        """What the shadow would have done so far; None without one."""
+        return None if self._shadow is None else self._shadow.counts
+
     def _write_status(self) -> None:
         state = self.state(self.deployment.model.input_kind, 0, 0.0)
         is_running = not self._client.is_closing
         known = self._policies.get(self.deployment.model.input_kind)
         guard = dict(known[1].reasons) if known is not None and isinstance(known[1], GuardedPolicy) else {}
         self._journal.write_status(
-            self._client.contacts, state, self.policy_spec.name, guard=guard, is_running=is_running
+            self._client.contacts,
+            state,
+            self.policy_spec.name,
+            guard=guard,
+            shadow=self.shadow,
+            is_running=is_running,
         )
 
     # --- one request ------------------------------------------------------------------------------------------------
@@ -349,6 +364,8 @@ class Session:
             chosen = check_plan(problem, policy.plan(state) if plan is None else plan)
             decision_s = time.perf_counter() - asked_at_s
         request = self._make_request(admitted, chosen, problem, state, arrived_at_s, decision_s)
+        if self._shadow is not None and plan is None:
+            request.shadow = self._shadow.ask(problem, state, chosen, request.predicted.total_s)
         self._client.submit(request)
         return request
 
@@ -462,31 +479,3 @@ def _failed_result(plan: Plan, error: OffcutError) -> InferenceResult:
     nan = float("nan")
     unknown = LatencyBreakdown({}, nan, {}, nan, nan, nan, nan, source="estimated")
     return InferenceResult(plan, None, unknown, "failed", "", False, False, error, None)
-
-
-def connect(
-    deployment: Deployment | str | Path,
-    *,
-    policy: PolicySpec,
-    log_folder: Path | None = None,
-    constraints: Constraints | None = None,
-) -> Session:
-    """Open a session on a deployment.
-
-    Args:
-        deployment: the record, or the path of a `deployment.toml`.
-        policy: from `load_policy`.
-        log_folder: for events and status; None means `<file>.offcut` beside a deployment file, else none.
-        constraints: instead of the deployment's.
-
-    Raises:
-        ConfigError: the file is not valid; names the line.
-        OffcutError: as `Session`.
-    """
-    if not isinstance(deployment, Deployment):
-        path = Path(deployment)
-        deployment = load_deployment(path)
-        log_folder = default_log_folder(path) if log_folder is None else log_folder
-    if constraints is not None:
-        deployment = dataclasses.replace(deployment, constraints=constraints)
-    return Session(deployment, policy, log_folder=log_folder)

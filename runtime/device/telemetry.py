@@ -27,6 +27,18 @@ EVENTS_FILE = "events.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
+class Opinion:
+    """What a policy that is watched and not obeyed would have done with a request."""
+
+    policy: str
+    plan: str = ""  # as `Event.plan`; empty where it gave none
+    predicted_s: float = float("nan")  # in the same state as the plan that was taken
+    agrees: bool = False  # with the plan that was taken
+    guard_reason: str = ""  # why its own guard's fallback decided
+    error: str = ""  # why it gave no plan
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One request, from what was known to how it ended. What is left out is so of one that was refused at once."""
 
@@ -46,6 +58,7 @@ class Event:
     outcome: str = "failed"  # remote, device, local, failed
     deadline_met: bool = False
     is_protected: bool = False
+    shadow: Opinion | None = None
 
 
 class EventLog:

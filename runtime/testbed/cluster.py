@@ -216,9 +216,11 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    def session(self, *, policy: PolicySpec, log_folder: Path | None = None) -> Session:
+    def session(
+        self, *, policy: PolicySpec, shadow: PolicySpec | None = None, log_folder: Path | None = None
+    ) -> Session:
         """Open a session on this cluster; it is closed with the cluster at the latest."""
-        return self._sessions.enter_context(Session(self.deployment, policy, log_folder=log_folder))
+        return self._sessions.enter_context(Session(self.deployment, policy, shadow=shadow, log_folder=log_folder))
 
     # --- nodes ------------------------------------------------------------------------------------------------------
 
