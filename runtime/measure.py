@@ -34,10 +34,11 @@ from runtime.profiles.cache import (
     write_graph,
 )
 from runtime.profiles.record import FASTER_FRAC, Machine, Measurement, SegmentTime, calibrate, merge, pick_segments
+from runtime.tile_times import TileTimer, find_timed, with_tiles
 from runtime.types import DEVICE_NODE, NodeProfile, Tier
 from runtime.wire.codec import AutoCodec
 
-FORMAT = 2
+FORMAT = 3
 """Version of the cached files; other versions are not read."""
 
 MIN_ROUNDS = 3
@@ -217,8 +218,11 @@ class _Runner:
         layer_s = [math.inf] * self._graph.num_layers
         whole: list[float] = []
         picked = pick_segments(self._graph.num_layers) if effort.has_segments else {}
-        cases = self._make_cases(picked) if picked else []
+        timed = find_timed(self._graph)
+        values = run_all_values(self._graph, self._inputs) if picked or timed else {}
+        cases = self._make_cases(picked, values)
         segment_s = [math.inf] * len(cases)
+        tiles = [TileTimer(self._graph, stretch, values) for stretch in timed]
 
         def run_round() -> float:
             now_s = [0.0] * self._graph.num_layers
@@ -227,7 +231,9 @@ class _Runner:
             whole.append(self._time_whole())
             for index, (segment, needs) in enumerate(cases):
                 segment_s[index] = min(segment_s[index], segment.run_timed(needs, clock=self._clock)[1])
-            return min(whole) + math.fsum(segment_s)
+            for tile in tiles:
+                tile.run(self._clock)
+            return min(whole) + math.fsum(segment_s) + math.fsum(tile.least_s for tile in tiles)
 
         self._time_whole()
         repeat_until_settled(run_round, effort.calm_rounds, effort.budget_s)
@@ -235,6 +241,7 @@ class _Runner:
             SegmentTime(start, stop, seconds, is_fitted)
             for ((start, stop), is_fitted), seconds in zip(picked.items(), segment_s, strict=True)
         )
+        calibrated_s = calibrate(layer_s, min(whole), segments)
         return Measurement(
             machine=describe_machine(self._graph),
             measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -244,16 +251,18 @@ class _Runner:
             raw_layer_s=tuple(layer_s),
             segments=segments,
             profile=NodeProfile(
-                layer_s=calibrate(layer_s, min(whole), segments),
+                layer_s=calibrated_s,
                 encode_bytes_per_s=auto.rates.encode_bytes_per_s,
                 decode_bytes_per_s=auto.rates.decode_bytes_per_s,
                 fixed_s=FIXED_S,
+                tile_layer_s=with_tiles(calibrated_s, tiles),
             ),
         )
 
-    def _make_cases(self, picked: Iterable[tuple[int, int]]) -> list[tuple[Segment, dict[str, torch.Tensor]]]:
+    def _make_cases(
+        self, picked: Iterable[tuple[int, int]], values: Mapping[str, torch.Tensor]
+    ) -> list[tuple[Segment, dict[str, torch.Tensor]]]:
         """Segments, each with the values that cross to it."""
-        values = run_all_values(self._graph, self._inputs)
         cases = []
         for start, stop in picked:
             stage = make_stage(self._graph.spec, Tier.DEVICE, range(start, stop))

@@ -280,6 +280,8 @@ class NodeProfile:
     """Fixed seconds per message."""
     is_predicted: bool = False
     """Whether the layer times are predicted from other models on the machine, because this one was not measured yet."""
+    tile_layer_s: tuple[float, ...] = ()
+    """(num_layers,) the same with the kernels that tiles take, on whole maps; empty: not measured, taken as `layer_s`."""
 
 
 @dataclass(frozen=True, slots=True)

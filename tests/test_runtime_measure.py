@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from runtime.model.samples import sample_images
 from runtime.model.segment import SegmentCache
 from runtime.model.zoo import Model, load_model
 from runtime.planning.problem import make_stage
+from runtime.planning.tiling import find_spans
 from runtime.profiles.record import Measurement, pick_segments
 from runtime.ratios import load_ratios
 from runtime.types import Tier
@@ -84,6 +86,17 @@ def test_a_profile_has_a_time_for_every_layer_and_adds_up_to_the_whole(load, gra
     assert sum(found.profile.layer_s) == pytest.approx(found.whole_s, rel=1e-3)
     assert found.profile.encode_bytes_per_s == RATES.encode_bytes_per_s
     assert (found.machine.threads, found.machine.device, found.segments) == (1, "cpu", ())
+
+
+def test_a_layer_that_can_be_tiled_has_a_time_with_tiles_kernels_too(load, graph: LayerGraph) -> None:
+    profile = load().profile
+    inside = {layer for span in find_spans(graph.spec) for layer in range(span.start, span.stop)}
+    assert inside
+    assert len(profile.tile_layer_s) == graph.num_layers
+    assert all(0 < seconds < math.inf for seconds in profile.tile_layer_s)
+    outside = set(range(graph.num_layers)) - inside
+    assert all(profile.tile_layer_s[layer] == profile.layer_s[layer] for layer in outside)
+    assert any(profile.tile_layer_s[layer] != profile.layer_s[layer] for layer in inside)
 
 
 def test_what_was_measured_is_read_back(load, model: Model, graph: LayerGraph, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_tiled_edge_share_costs_what_cost_tiles_says(speed: float, k: float, b
     plan = edge_plan(problem, "edge0", "edge1", tiles=spans)
     profiles = problem.profile.nodes
     nodes = [
-        TileNode(profiles["edge0"].layer_s),
+        TileNode(profiles["edge0"].layer_s, fixed_s=1e-4),
         TileNode(tuple(k * s for s in profiles["edge1"].layer_s), bps, bps, 1e-3, 1e-4),
     ]
     expected_s = 4 * 0.02 + math.fsum(cost_tiles(problem.graph, span, nodes).total_s for span in spans)

@@ -162,6 +162,18 @@ def test_every_tile_reads_all_the_weights() -> None:
     assert cost.compute_s == pytest.approx((0.1 + 0.4 * 17 / 32 + 0.25, 0.05 + 0.25))
 
 
+def test_tiles_cost_what_their_own_kernels_take_and_the_head_pays_for_cutting() -> None:
+    graph = same_convs(2)
+    nodes = [
+        TileNode((0.5, 0.5), fixed_s=0.002, tile_layer_s=(0.2, 0.4)),
+        TileNode((0.5, 0.5), rtt_s=0.01, fixed_s=0.001),
+    ]
+    cost = cost_tiles(graph, TileSpan(0, 2, (16,), ()), nodes)
+    assert cost.compute_s == pytest.approx((0.2 * 17 / 32 + 0.2, 0.5 * 17 / 32 + 0.25))
+    assert cost.scatter_s == cost.gather_s == pytest.approx((0.002, 0.006))
+    assert choose_tiles(graph, nodes[:1] * 2).untiled_s == pytest.approx(1.0)
+
+
 def test_only_the_layers_asked_about_are_tiled() -> None:
     graph = same_convs(6)
     choice = choose_tiles(graph, make_nodes(graph, 1.0, 1.0), 2, 5)

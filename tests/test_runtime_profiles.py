@@ -103,6 +103,13 @@ def test_merging_takes_the_lesser_of_every_time(pairs: list[tuple[float, float]]
     assert merge(merged, new).profile == merged.profile
 
 
+def test_merging_keeps_the_lesser_times_of_tiles_and_forgets_none() -> None:
+    plain = make_measurement([0.1, 0.2])
+    slow, fast = (replace(plain, profile=replace(plain.profile, tile_layer_s=s)) for s in ((0.3, 0.1), (0.2, 0.2)))
+    assert merge(slow, fast).profile.tile_layer_s == (0.2, 0.1)
+    assert merge(slow, plain).profile.tile_layer_s == merge(plain, slow).profile.tile_layer_s == (0.3, 0.1)
+
+
 def test_segments_of_a_busy_machine_do_not_slow_layers_that_were_measured_on_an_idle_one() -> None:
     layer_s = [0.1] * 16
     idle = replace(make_measurement(layer_s), segments=())

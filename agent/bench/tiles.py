@@ -4,6 +4,11 @@ Two worker processes with one thread each, side by side on this machine: scatter
 What is timed is the head's share alone, from the moment it begins until its outputs are there; whole and tiled take
 turns. Both processes need a core at the same moment, so of each the minimum counts: on a machine that is busy with
 something else the median says more about that.
+
+Whole layers run with the model's own kernels and tiles with others (`runtime.model.kernels`), so part of what tiles win is
+the kernels'. How much, one process with one thread shows: it runs the layers both ways, without any wire.
+
+Every tiled span is then run alone, device before it and cloud behind it, beside what the cost model expects of it.
 """
 
 import statistics
@@ -19,6 +24,7 @@ from agent.bench.report import Bar, Report
 from runtime.deployment import ModelConfig
 from runtime.device.session import InferenceResult, Session
 from runtime.errors import OffcutError
+from runtime.measure import run_all_values
 from runtime.model.graph import trace
 from runtime.model.inputs import admit
 from runtime.model.segment import SegmentCache
@@ -26,10 +32,11 @@ from runtime.model.zoo import Model, load_model
 from runtime.planning.policies.registry import load_policy
 from runtime.planning.problem import PlanningProblem, make_stage
 from runtime.planning.tile_search import TileChoice, choose_tiles
-from runtime.planning.tiles import TileNode
+from runtime.planning.tiles import TileNode, tile_node
 from runtime.planning.tiling import find_spans
 from runtime.presets import NodeEmulation
 from runtime.testbed.cluster import Cluster
+from runtime.tile_times import TileTimer, find_timed
 from runtime.types import Plan, SystemState, Tier
 
 BARS = {"torchvision:vgg16": "tiles_vgg16_two_nodes_speedup", "timm:darknet53": "tiles_darknet53_two_nodes_speedup"}
@@ -37,6 +44,9 @@ SPEEDUP = 1.7
 ROUNDS = 15
 QUICK_ROUNDS = 2
 DEADLINE_S = 120.0
+WARM_UP = 5
+"""Requests after which the links' readings are those of tiles: a node tells them twice a second."""
+
 READY_S = 60.0
 """Within which edge nodes must have found each other and measured their links."""
 
@@ -65,12 +75,12 @@ def run_tiles(config: TilesConfig) -> Report:
     for spec in config.models:
         name = spec.partition(":")[2]
         model = load_model(spec)
-        speedup = _measure(report, model, f"{name}, 2 nodes", 2, rounds, replays=False)
+        alone_s = _measure_threads(report, model, name, rounds)
+        speedup = _measure(report, model, f"{name}, 2 nodes", 2, rounds, alone_s, replays=False)
         if spec in BARS:
             report.bars.append(Bar(BARS[spec], speedup, SPEEDUP, "higher"))
         if not config.quick:
-            _measure(report, model, f"{name}, 4 nodes replayed", 4, rounds, replays=True)
-        _measure_threads(report, model, name, rounds)
+            _measure(report, model, f"{name}, 4 nodes replayed", 4, rounds, alone_s, replays=True)
     return report
 
 
@@ -82,8 +92,20 @@ class _Times:
     total_s: list[float] = field(default_factory=list)  # of the request, from input to output
 
 
-def _measure(report: Report, model: Model, case: str, num_nodes: int, rounds: int, *, replays: bool) -> float:
-    """Time the tileable layers on one node and on several, in turns; return the speedup of the minima."""
+def _measure(
+    report: Report, model: Model, case: str, num_nodes: int, rounds: int, alone_s: float, *, replays: bool
+) -> float:
+    """Time the tileable layers on one node and on several, in turns; return the speedup of the minima.
+
+    Args:
+        report: takes the numbers.
+        model: what to run.
+        case: names the rows.
+        num_nodes: edge nodes.
+        rounds: requests of either kind.
+        alone_s: seconds of the layers in one process, with the kernels of tiles.
+        replays: nodes replay instead of computing.
+    """
     names = tuple(f"edge{i}" for i in range(num_nodes))
     emulate = dict.fromkeys(names, NodeEmulation(slow_down=1.0, mode="replay")) if replays else None
     config = ModelConfig(spec=model.spec, input_kind="tensor")
@@ -101,6 +123,8 @@ def _measure(report: Report, model: Model, case: str, num_nodes: int, rounds: in
                 if turn and result.latency is not None:  # the first one builds segments on every node
                     times[name].head_s.append(result.latency.compute_s["edge0"])
                     times[name].total_s.append(result.latency.total_s)
+        if not replays:
+            _measure_spans(report, session, model, case, choice, names, rounds, expected)
     for name, measured in times.items():
         report.add(f"{case}, {name}", "layers min", min(measured.head_s) * 1e3, "ms")
         report.add(f"{case}, {name}", "layers p50", statistics.median(measured.head_s) * 1e3, "ms")
@@ -109,8 +133,42 @@ def _measure(report: Report, model: Model, case: str, num_nodes: int, rounds: in
     report.add(f"{case}, tiled", "speedup min", speedup, "")
     report.add(f"{case}, tiled", "speedup p50", _ratio(times["whole"].head_s, times["tiled"].head_s), "")
     report.add(f"{case}, tiled", "end to end speedup", _ratio(times["whole"].total_s, times["tiled"].total_s), "")
+    report.add(f"{case}, tiled", "predicted", choice.total_s * 1e3, "ms")
     report.add(f"{case}, tiled", "predicted speedup", choice.untiled_s / choice.total_s, "")
+    if not replays:
+        report.add(f"{case}, tiled", "speedup over tiles' kernels", alone_s / min(times["tiled"].head_s), "")
     return speedup
+
+
+def _measure_spans(
+    report: Report,
+    session: Session,
+    model: Model,
+    case: str,
+    choice: TileChoice,
+    names: tuple[str, ...],
+    rounds: int,
+    expected: torch.Tensor,
+) -> None:
+    """Time every tiled span alone, beside what was predicted of it."""
+    errors = []
+    for span, cost in zip(choice.spans, choice.costs, strict=True):
+        tiers = _tiers(session.graph.num_layers, span.start, span.stop)
+        plan = Plan(tiers, names[: span.num_tiles], (span,), "raw")
+        seconds = []
+        for _ in range(rounds + 1):  # the first one builds segments
+            result = session.infer(model.example, plan=plan, deadline_s=DEADLINE_S)
+            _check(result, expected)
+            if result.latency is not None:
+                seconds.append(result.latency.compute_s[names[0]])
+        errors.append(abs(cost.total_s / min(seconds) - 1.0))
+        report.add(f"{case}, span {span.describe()}", "predicted", cost.total_s * 1e3, "ms")
+        report.add(f"{case}, span {span.describe()}", "min", min(seconds) * 1e3, "ms")
+    report.add(f"{case}, spans", "median error of the prediction", statistics.median(errors), "")
+
+
+def _tiers(num_layers: int, start: int, stop: int) -> tuple[Tier, ...]:
+    return (Tier.DEVICE,) * start + (Tier.EDGE,) * (stop - start) + (Tier.CLOUD,) * (num_layers - stop)
 
 
 def _ratio(whole_s: list[float], tiled_s: list[float]) -> float:
@@ -120,15 +178,17 @@ def _ratio(whole_s: list[float], tiled_s: list[float]) -> float:
 def _choose(session: Session, names: tuple[str, ...], model: Model) -> tuple[TileChoice, dict[str, Plan]]:
     """The tiles that fit the links as they are, and the plans: tileable layers on the edge, the rest in the cloud."""
     _wait_for_links(session, names)
-    problem, state = session.problem("tensor"), session.state("tensor", 0, DEADLINE_S)
+    problem = session.problem("tensor")
     graph = problem.graph
     start, stop = find_spans(graph)[0].start, find_spans(graph)[-1].stop
-    choice = choose_tiles(graph, [_tile_node(problem, state, name) for name in names], start, stop)
-    if not choice.spans:
-        raise OffcutError(f"expected tiles to pay for {model.spec} on {len(names)} nodes, got none; see the links")
-    tiers = (Tier.DEVICE,) * start + (Tier.EDGE,) * (stop - start) + (Tier.CLOUD,) * (graph.num_layers - stop)
-    tiled = Plan(tiers, names, choice.spans, "raw")
-    _wait_for(lambda: not session.infer(model.example, plan=tiled, deadline_s=DEADLINE_S).reason)
+    tiers = _tiers(graph.num_layers, start, stop)
+    for _ in range(2):  # the second choice knows the links by what the first one sent over them
+        state = session.state("tensor", 0, DEADLINE_S)
+        choice = choose_tiles(graph, [_tile_node(problem, state, name) for name in names], start, stop)
+        if not choice.spans:
+            raise OffcutError(f"expected tiles to pay for {model.spec} on {len(names)} nodes, got none; see the links")
+        tiled = Plan(tiers, names, choice.spans, "raw")
+        _warm_up(session, tiled, model)
     return choice, {"whole": Plan(tiers, names[:1], codec="raw"), "tiled": tiled}
 
 
@@ -136,9 +196,16 @@ def _tile_node(problem: PlanningProblem, state: SystemState, name: str) -> TileN
     profile = problem.profile.nodes[name]
     there, back = state.link("edge0", name), state.link(name, "edge0")
     if there is None or back is None:
-        return TileNode(profile.layer_s)  # the head
-    to_bps, from_bps = there.samples[0].bandwidth_bps, back.samples[0].bandwidth_bps
-    return TileNode(profile.layer_s, to_bps, from_bps, there.rtt_s, profile.fixed_s)
+        return tile_node(profile)  # the head
+    to_bps, from_bps = (statistics.median(x.bandwidth_bps for x in link.samples) for link in (there, back))
+    return tile_node(profile, to_bps, from_bps, there.rtt_s)
+
+
+def _warm_up(session: Session, plan: Plan, model: Model) -> None:
+    """Run a tiled plan until nothing is missing, and then some."""
+    _wait_for(lambda: not session.infer(model.example, plan=plan, deadline_s=DEADLINE_S).reason)
+    for _ in range(WARM_UP):
+        session.infer(model.example, plan=plan, deadline_s=DEADLINE_S)
 
 
 def _wait_for_links(session: Session, names: tuple[str, ...]) -> None:
@@ -172,14 +239,20 @@ def _check(result: InferenceResult, expected: torch.Tensor) -> None:
         )
 
 
-def _measure_threads(report: Report, model: Model, case: str, rounds: int) -> None:
-    """Time the same layers in this process with one thread and with two."""
+def _measure_threads(report: Report, model: Model, case: str, rounds: int) -> float:
+    """Time the same layers in this process with one thread and with two, and with the kernels of tiles.
+
+    Returns:
+        Seconds with these, one thread.
+    """
     graph = trace(model)
     spans = find_spans(graph.spec)
     stage = make_stage(graph.spec, Tier.EDGE, range(spans[0].start, spans[-1].stop))
     before = make_stage(graph.spec, Tier.DEVICE, range(graph.spec.num_stage_layers, spans[0].start))
     segments = SegmentCache(graph)
-    values = dict(admit(graph.spec, model.example).values)
+    given = dict(admit(graph.spec, model.example).values)
+    timers = [TileTimer(graph, span, run_all_values(graph, given)) for span in find_timed(graph)]
+    values = dict(given)
     values |= segments.get(before).run(values)
     given = {name: values[name] for name in stage.needs}
     seconds: dict[int, list[float]] = {1: [], 2: []}
@@ -188,6 +261,9 @@ def _measure_threads(report: Report, model: Model, case: str, rounds: int) -> No
             for threads, samples in seconds.items():
                 torch.set_num_threads(threads)
                 samples.append(segments.get(stage).run_timed(given)[1])
+            torch.set_num_threads(1)
+            for timer in timers:
+                timer.run(time.perf_counter)
     finally:
         torch.set_num_threads(1)
     for threads, samples in seconds.items():
@@ -195,3 +271,7 @@ def _measure_threads(report: Report, model: Model, case: str, rounds: int) -> No
         report.add(case_, "layers min", min(samples[1:]) * 1e3, "ms")
         report.add(case_, "layers p50", statistics.median(samples[1:]) * 1e3, "ms")
         report.add(case_, "speedup min", min(seconds[1][1:]) / min(samples[1:]), "")
+    tiles_s = sum(timer.least_s for timer in timers) if timers else min(seconds[1][1:])
+    report.add(f"{case}, 1 thread, tiles' kernels, no wire", "layers min", tiles_s * 1e3, "ms")
+    report.add(f"{case}, 1 thread, tiles' kernels, no wire", "speedup min", min(seconds[1][1:]) / tiles_s, "")
+    return tiles_s

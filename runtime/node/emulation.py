@@ -56,7 +56,12 @@ class Emulator:
 
     def pretend(self, idle: NodeProfile) -> NodeProfile:
         """This machine's idle profile as that of the emulated one."""
-        return replace(idle, layer_s=tuple(self.emulation.factor * seconds for seconds in idle.layer_s))
+        factor = self.emulation.factor
+        return replace(
+            idle,
+            layer_s=tuple(factor * seconds for seconds in idle.layer_s),
+            tile_layer_s=tuple(factor * seconds for seconds in idle.tile_layer_s),
+        )
 
     def run(
         self, work: Callable[[], _Made], idle_s: float, should_stop: Callable[[], bool] | None = None

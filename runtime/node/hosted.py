@@ -14,7 +14,7 @@ from runtime.model.zoo import load_model
 from runtime.node.emulation import Emulator
 from runtime.planning.cost import sum_layers
 from runtime.planning.problem import Stage
-from runtime.planning.tiles import TileNode, tile_seconds
+from runtime.planning.tiles import tile_node, tile_seconds
 from runtime.types import NodeProfile, Tier, TileSpan
 from runtime.wire.codec import AutoCodec
 
@@ -148,8 +148,8 @@ class HostedModel:
         if known is None:
             if len(self._tile_s) >= KNOWN_SPANS:
                 self._tile_s.clear()
-            node = TileNode(self.profile.layer_s)
-            known = self._tile_s[span] = tile_seconds(self.graph.spec, self.tiles.tiling(span), node)
+            tiling = self.tiles.tiling(span)
+            known = self._tile_s[span] = tile_seconds(self.graph.spec, tiling, tile_node(self.profile))
         return known
 
 

@@ -1,6 +1,7 @@
 """The tiles that a head has given to other edge nodes: who has which, who gave up, until when to wait."""
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ equally long. Guess."""
 
 SLACK_S = 0.25
 """Added to it: two processes on a busy machine are woken late. Guess."""
+
+HAND_OVER_S = 0.02
+"""How long `post` waits at most for the loop. Guess: several times what a loop takes that does nothing else."""
 
 PROTECTION_FACTOR = 1.5
 """The head stops waiting when the deadline is this many times the seconds away that it needs to do without."""
@@ -49,30 +53,36 @@ class Scatter:
         self._hub = hub
         self._jobs = jobs
         self._next_number = next_number
-        self._posted: deque[tuple[Key, TileSpan, tuple[Parcel, ...]]] = deque()
+        self._posted: deque[tuple[Key, TileSpan, tuple[Parcel, ...], threading.Event]] = deque()
         self._out: dict[int, _Tile] = {}
         self._give_up_at_s: dict[Key, float] = {}
 
     def post(self, key: Key, span: TileSpan, parcels: tuple[Parcel, ...]) -> None:
-        """Have tiles sent by the loop."""
-        self._posted.append((key, span, parcels))
+        """Have tiles sent by the loop, and wait until it has.
+
+        Who posts computes next. On a machine whose processors are all busy a thread that is woken may stand behind such a
+        computation for milliseconds, and the other nodes would begin that much later.
+        """
+        is_sent = threading.Event()
+        self._posted.append((key, span, parcels, is_sent))
         self._hub.wake()
+        is_sent.wait(HAND_OVER_S)
 
     def send_posted(self, peers: Mapping[str, Peer], now_s: float) -> list[Key]:
         """Send what was posted; return requests of which no tile is out any more, because nobody was there."""
         ended = []
         while self._posted:
-            key, span, parcels = self._posted.popleft()
+            key, span, parcels, is_sent = self._posted.popleft()
             job = self._jobs.get(key)
-            if job is None or job.tiled is None:
-                continue  # cancelled meanwhile
-            for parcel in parcels:
-                name = job.submit.plan.edge_nodes[parcel.tile]
-                peer = peers.get(name)
-                if peer is None or not peer.is_up:
-                    ended += self._end(key, parcel.tile, f"{name} is not connected")
-                else:
-                    self._send(key, job, span, parcel, peer, now_s)
+            if job is not None and job.tiled is not None:  # else cancelled meanwhile
+                for parcel in parcels:
+                    name = job.submit.plan.edge_nodes[parcel.tile]
+                    peer = peers.get(name)
+                    if peer is None or not peer.is_up:
+                        ended += self._end(key, parcel.tile, f"{name} is not connected")
+                    else:
+                        self._send(key, job, span, parcel, peer, now_s)
+            is_sent.set()
         return ended
 
     def _send(self, key: Key, job: Job, span: TileSpan, parcel: Parcel, peer: Peer, now_s: float) -> None:

@@ -16,7 +16,7 @@ from runtime.errors import PlanError
 from runtime.planning.arrays import FloatArray, IntArray, Layout
 from runtime.planning.problem import ById, PlanningProblem, check_plan
 from runtime.planning.tile_search import choose_tiles
-from runtime.planning.tiles import TileNode, tile_seconds
+from runtime.planning.tiles import TileNode, tile_node, tile_seconds
 from runtime.planning.tiling import find_spans, plan_tiles, region_bytes, scale_lines
 from runtime.types import GraphSpec, Plan, Tier, TileSpan
 
@@ -49,10 +49,7 @@ def tile_options(problem: PlanningProblem, head: str) -> tuple[TileOption, ...]:
     names = (head, *sorted(peers, key=lambda name: sum(profiles[name].layer_s)))[:MAX_NODES]
     found = []
     for bps in RATES_BPS:
-        nodes = tuple(
-            TileNode(profiles[name].layer_s, bps, bps, RTT_S if index else 0.0, profiles[name].fixed_s)
-            for index, name in enumerate(names)
-        )
+        nodes = tuple(tile_node(profiles[name], bps, bps, RTT_S if index else 0.0) for index, name in enumerate(names))
         spans = _choose_spans(ById(problem.graph), nodes, problem.entry)
         if spans:
             used = max(span.num_tiles for span in spans)
@@ -126,7 +123,7 @@ class TileRows:
     idle_s: FloatArray  # (E,)
     there_bytes: FloatArray  # (E,)
     back_bytes: FloatArray  # (E,)
-    fixed_s: FloatArray  # (E,) of both messages
+    fixed_s: FloatArray  # (E,) of both messages; the head's own tile has none, but takes it as long
 
     @property
     def links(self) -> IntArray:
@@ -159,7 +156,7 @@ class TileRows:
         transfer += 0.5 * (rtt_s.take(self.there, axis=1) + rtt_s.take(self.back, axis=1)) + self.fixed_s
         transfer += queue_delay_s.take(self.node, axis=1)
         # The head's own tile crosses nothing; where its links stand is any slot, whose reading may be unknown.
-        crossing = np.where(self.is_peer > 0, transfer, 0.0)
+        crossing = np.where(self.is_peer > 0, transfer, self.fixed_s)
         spans = np.maximum.reduceat(load_factor.take(self.node, axis=1) * self.idle_s + crossing, self.first, axis=1)
         belongs = (self.row[:, None] == np.arange(rows)).astype(np.float64)
         seconds: FloatArray = spans @ belongs
@@ -222,12 +219,12 @@ def _compile_span(problem: PlanningProblem, names: tuple[str, ...], span: TileSp
     columns = []
     for index, (name, tile) in enumerate(zip(names, tiling.tiles, strict=False)):
         profile, slot = profiles.get(name), layout.node_slot[name]
-        idle_s = np.nan if profile is None else tile_seconds(graph, tiling, TileNode(profile.layer_s))[index]
+        idle_s = np.nan if profile is None else tile_seconds(graph, tiling, tile_node(profile))[index]
+        fixed_s = 0.0 if profile is None else 2.0 * profile.fixed_s
         if index == 0:
-            columns.append((slot, 0, 0, 0.0, idle_s, 0.0, 0.0, 0.0))
+            columns.append((slot, 0, 0, 0.0, idle_s, 0.0, 0.0, fixed_s))
             continue
         there, back = layout.link_slot[names[0], name], layout.link_slot[name, names[0]]
         sent, made = region_bytes(graph, tile.inputs), region_bytes(graph, tile.outputs)
-        fixed_s = 0.0 if profile is None else 2.0 * profile.fixed_s
         columns.append((slot, there, back, 1.0, idle_s, sent, made, fixed_s))
     return np.array(columns, dtype=np.float64).T

@@ -390,7 +390,7 @@ class _Sweep:
         end, speeds = self._end, []
         nodes = end.search.nodes[: self._num_tiles]
         for node, there_s, back_s in zip(nodes, self._links.there_s, self._links.back_s, strict=True):
-            own_s = _sums_to_end(node.layer_s[end.first : end.stop])
+            own_s = _sums_to_end(node.tiled_s[end.first : end.stop])
             speeds.append(1.0 / np.maximum(own_s + end.sent_bytes * there_s + end.back_bytes * back_s, 1e-12))
         speed = np.stack(speeds, axis=1)
         waits = 2.0 * self._links.fixed_s

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.planning.tiling import Tiling, plan_tiles, region_bytes
-from runtime.types import GraphSpec, TileSpan
+from runtime.types import GraphSpec, NodeProfile, TileSpan
 
 Floats = NDArray[np.float64]
 
@@ -33,6 +33,19 @@ class TileNode:
     encode_bytes_per_s: float = math.inf
     decode_bytes_per_s: float = math.inf
     weight_bytes_per_s: float = WEIGHT_BYTES_PER_S
+    tile_layer_s: tuple[float, ...] = ()  # with the kernels that tiles take; empty: as `layer_s`
+
+    @property
+    def tiled_s(self) -> tuple[float, ...]:
+        """Seconds of each layer in one tile that is the whole map."""
+        return self.tile_layer_s or self.layer_s
+
+
+def tile_node(
+    profile: NodeProfile, to_bps: float = math.inf, from_bps: float = math.inf, rtt_s: float = 0.0
+) -> TileNode:
+    """An idle node by its profile, behind links of these rates."""
+    return TileNode(profile.layer_s, to_bps, from_bps, rtt_s, profile.fixed_s, tile_layer_s=profile.tile_layer_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +66,10 @@ class TileCost:
 
 @dataclass(frozen=True, slots=True)
 class TileLinks:
-    """Seconds per byte and per message of every tile's way to its node and back; nothing for the head's own."""
+    """Seconds per byte and per message of every tile's way to its node and back.
+
+    The head's own crosses no link, but cutting, handing over and putting together take it as long as two messages.
+    """
 
     there_s: Floats  # (tiles,) per byte
     back_s: Floats
@@ -65,9 +81,9 @@ class TileLinks:
         head = nodes[0]
         there = [8.0 / n.to_bps + 1.0 / head.encode_bytes_per_s + 1.0 / n.decode_bytes_per_s for n in nodes]
         back = [8.0 / n.from_bps + 1.0 / n.encode_bytes_per_s + 1.0 / head.decode_bytes_per_s for n in nodes]
-        fixed = [n.rtt_s / 2.0 + n.fixed_s for n in nodes]
+        fixed = [head.fixed_s, *(n.rtt_s / 2.0 + n.fixed_s for n in nodes[1:])]
         is_peer = np.arange(len(nodes)) > 0
-        return cls(np.where(is_peer, there, 0.0), np.where(is_peer, back, 0.0), np.where(is_peer, fixed, 0.0))
+        return cls(np.where(is_peer, there, 0.0), np.where(is_peer, back, 0.0), np.array(fixed))
 
     def times(self, sent_bytes: Floats, back_bytes: Floats) -> tuple[Floats, Floats]:
         """Seconds of scatter and gather, bytes and result of shape (..., tiles)."""
@@ -117,7 +133,7 @@ def op_seconds(graph: GraphSpec, node: TileNode, layer: int) -> list[tuple[float
     total = math.fsum(op.flops for op in ops)
     seconds = []
     for op in ops:
-        own_s = node.layer_s[layer] * (op.flops / total if total else 1.0 / len(ops))
+        own_s = node.tiled_s[layer] * (op.flops / total if total else 1.0 / len(ops))
         fixed_s = min(op.weight_bytes / node.weight_bytes_per_s, own_s)
         seconds.append((fixed_s, own_s - fixed_s))
     return seconds

@@ -33,8 +33,10 @@ def read_measurement(path: Path, num_layers: int) -> Measurement | None:
     except (OSError, msgspec.MsgspecError) as error:
         logger.debug("no cached profile at %s: %s", path, error)
         return None
-    times = (measurement.whole_s, *measurement.raw_layer_s, *measurement.profile.layer_s)
-    is_fit = len(measurement.raw_layer_s) == len(measurement.profile.layer_s) == num_layers
+    profile = measurement.profile
+    times = (measurement.whole_s, *measurement.raw_layer_s, *profile.layer_s, *profile.tile_layer_s)
+    is_fit = len(measurement.raw_layer_s) == len(profile.layer_s) == num_layers
+    is_fit &= len(profile.tile_layer_s) in (0, num_layers)
     return measurement if is_fit and all(0 < s < math.inf for s in times) else None
 
 

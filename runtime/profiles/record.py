@@ -172,8 +172,14 @@ def merge(old: Measurement, new: Measurement) -> Measurement:
             encode_bytes_per_s=max(old.profile.encode_bytes_per_s, new.profile.encode_bytes_per_s),
             decode_bytes_per_s=max(old.profile.decode_bytes_per_s, new.profile.decode_bytes_per_s),
             fixed_s=new.profile.fixed_s,
+            tile_layer_s=_lesser(old.profile.tile_layer_s, new.profile.tile_layer_s),
         ),
     )
+
+
+def _lesser(old: tuple[float, ...], new: tuple[float, ...]) -> tuple[float, ...]:
+    """The lesser of each time; what is known, where one of them is empty."""
+    return tuple(map(min, old, new)) if old and new else old or new
 
 
 def _align(measurement: Measurement, whole_s: float) -> tuple[SegmentTime, ...]:
