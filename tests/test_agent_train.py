@@ -192,6 +192,11 @@ def test_equal_settings_and_seed_give_equal_weights_and_a_policy_that_decides(tm
     problem = SITES[0].problem
     assert FrozenPolicy(problem, checkpoint).plan(random_state(problem, 1)).tiers
     assert str(tmp_path) not in json.dumps(checkpoint.manifest.config | checkpoint.manifest.training)
+    run_train(tiny(tmp_path / "d", start_from=str(tmp_path / "a" / BEST), rehearsal=0, steps=32))
+    begun = json.loads((tmp_path / "d" / "state.json").read_text())
+    ended = json.loads((tmp_path / "a" / "state.json").read_text())
+    assert begun["curve"][0]["score"] == pytest.approx(min(point["score"] for point in ended["curve"][1:]))
+    assert begun["best_score"] <= begun["curve"][0]["score"]  # where it began may be the best one
 
 
 @pytest.mark.parametrize(("rehearsal", "steps"), [(0, 32 * 12), (32 * 12, 32)])

@@ -1,6 +1,7 @@
 """How far a training is, and the files that it goes on from."""
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ def save_state(folder: Path, model: BaseAlgorithm, state: State) -> None:
         "rehearsed": state.rehearsed,
         "updates": model._n_updates,
         "trained_s": state.trained_s,
-        "best_score": state.best_score if state.best_decisions else None,
+        "best_score": state.best_score if math.isfinite(state.best_score) else None,
         "best_decisions": state.best_decisions,
         "curve": state.curve,
         "facts": state.facts.to_json(),

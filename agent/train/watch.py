@@ -129,7 +129,7 @@ class Watch(BaseCallback):
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """Evaluate, and keep the policy if it is the best one so far. An untrained one is the planner, and never is."""
+        """Evaluate, and keep the policy if it is the best one so far; one that has learnt nothing is the planner."""
         policy = self.model.policy
         assert isinstance(policy, CandidatePolicy)
         weights = export_weights(policy)
@@ -138,7 +138,8 @@ class Watch(BaseCallback):
         others = [] if held_out is None else held_out.run(weights)
         score = score_of(results)
         decisions = self.state.decisions
-        is_best = score < self.state.best_score and decisions > 0
+        is_trained = decisions > 0 or self.config.start_from is not None
+        is_best = score < self.state.best_score and is_trained
         self.state.curve.append(
             {
                 "decisions": decisions,
