@@ -81,7 +81,7 @@ class FrozenPolicy:
         self.encoder = FeatureEncoder(problem)
         self.network = FrozenNetwork(checkpoint.weights)
         self._candidate_range, self._context_range = _widen(checkpoint.manifest.seen)
-        self._last: tuple[SystemState, Features] | None = None
+        self._last: tuple[SystemState, tuple[Features, Array32, int]] | None = None
 
     def plan(self, state: SystemState) -> Plan:
         """Pick the plan for one state.
@@ -89,7 +89,9 @@ class FrozenPolicy:
         Raises:
             PlanError: when the logits are not numbers.
         """
-        return self.encoder.candidates.plans[int(self.pick(self._encode(state))[0])]
+        _, logits, choice = self._score(state)
+        _check(logits)
+        return self.encoder.candidates.plans[choice]
 
     def choose(self, state: StateArrays, current: IntArray | None = None) -> IntArray:
         """Pick a candidate's index for every state of a batch, shape (B,); arguments as of `FeatureEncoder.encode`."""
@@ -102,23 +104,22 @@ class FrozenPolicy:
             PlanError: when a logit is not a number.
         """
         logits = self.network.score(features)
-        if not np.isfinite(logits).all():
-            raise PlanError(
-                "expected numbers as the scores of the candidates, got NaN or infinity: some reading of the state is "
-                "none; guard the policy, so that the planner answers"
-            )
-        choice: IntArray = np.where(features.mask, logits, -np.inf).argmax(axis=1)
-        return choice
+        _check(logits)
+        return _best(features, logits)
 
     def out_of_range(self, state: SystemState) -> str:
-        """Name the first column in which a state is outside the range of the training; empty: it is inside."""
-        features = self._encode(state)
+        """Name the first column in which a state is outside the range of the training; empty: it is inside.
+
+        Of the candidates only the one that would be picked is looked at: what the network makes of one that it does not
+        pick harms nobody.
+        """
+        features, _, choice = self._score(state)
         low, high = self._candidate_range
-        rows = features.candidates[0][features.mask[0]]
-        is_inside = (rows >= low) & (rows <= high)  # False for what is not a number
+        row = features.candidates[0, choice]
+        is_inside = (row >= low) & (row <= high)  # False for what is not a number
         if not is_inside.all():
-            row, column = np.argwhere(~is_inside)[0]
-            return _outside("candidates", CANDIDATE_COLUMNS[column], rows[row, column], low[column], high[column])
+            column = int(is_inside.argmin())
+            return _outside("candidates", CANDIDATE_COLUMNS[column], row[column], low[column], high[column])
         low, high = self._context_range
         context = features.context[0]
         is_inside = (context >= low) & (context <= high)
@@ -130,11 +131,26 @@ class FrozenPolicy:
     def reset(self) -> None:
         """Nothing to forget."""
 
-    def _encode(self, state: SystemState) -> Features:
-        """Encode once for `out_of_range` and `plan` of the same request."""
+    def _score(self, state: SystemState) -> tuple[Features, Array32, int]:
+        """Encode and score once for `out_of_range` and `plan` of the same request; gives the index of the best too."""
         if self._last is None or self._last[0] is not state:
-            self._last = state, self.encoder.encode_state(state)
+            features = self.encoder.encode_state(state)
+            logits = self.network.score(features)
+            self._last = state, (features, logits, int(_best(features, logits)[0]))
         return self._last[1]
+
+
+def _best(features: Features, logits: Array32) -> IntArray:
+    choice: IntArray = np.where(features.mask, logits, -np.inf).argmax(axis=1)
+    return choice
+
+
+def _check(logits: Array32) -> None:
+    if not np.isfinite(logits).all():
+        raise PlanError(
+            "expected numbers as the scores of the candidates, got NaN or infinity: some reading of the state is "
+            "none; guard the policy, so that the planner answers"
+        )
 
 
 def _widen(seen: SeenRange) -> tuple[tuple[Array32, Array32], tuple[Array32, Array32]]:

@@ -3,6 +3,7 @@ import math
 import warnings
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from agent.checkpoint import Checkpoint, SeenRange, load_checkpoint, save_checkp
 from agent.frozen import FrozenPolicy
 from agent.network import export_weights
 from runtime.errors import PlanError
+from runtime.planning.features import CANDIDATE_COLUMNS
 from runtime.planning.policies.guard import GuardedPolicy
 from runtime.planning.policies.planner import build_planner
 from runtime.planning.problem import check_plan
@@ -80,6 +82,25 @@ def test_a_state_outside_the_range_is_named_by_its_column(
     assert frozen.out_of_range(dataclasses.replace(STATES[1], **changes)).startswith(column)
 
 
+def test_a_candidate_that_is_not_picked_may_be_out_of_range(checkpoint: Checkpoint, frozen: FrozenPolicy) -> None:
+    total, seen = CANDIDATE_COLUMNS.index("total:total"), checkpoint.manifest.seen
+    rows = [frozen.encoder.encode_state(state).candidates[0, :, total] for state in STATES]
+    plans = [frozen.encoder.candidates.plans.index(frozen.plan(state)) for state in STATES]
+    picked = np.array([row[plan] for row, plan in zip(rows, plans, strict=True)])
+    most = float(np.median(picked))
+    narrow = [(low, most) if at == total else (low, high) for at, (low, high) in enumerate(seen.candidates)]
+    manifest = msgspec.structs.replace(
+        checkpoint.manifest, seen=msgspec.structs.replace(seen, candidates=tuple(narrow))
+    )
+    policy = FrozenPolicy(PROBLEM, dataclasses.replace(checkpoint, manifest=manifest))
+    is_out = np.array([policy.out_of_range(state).startswith("candidates total") for state in STATES])
+    assert is_out.any()
+    assert not is_out[picked <= most].any()
+    assert any(
+        row.max() > most + 1.0 for row in np.array(rows)[picked <= most]
+    )  # although others than the one picked are out of range
+
+
 def test_a_state_is_encoded_anew_when_it_changes(frozen: FrozenPolicy) -> None:
     far = dataclasses.replace(STATES[1], deadline_s=1e-4)
     assert [bool(frozen.out_of_range(state)) for state in (STATES[1], far, STATES[1])] == [False, True, False]
@@ -123,6 +144,7 @@ def test_the_guard_trusts_the_policy_in_range_and_the_planner_outside(folder: Pa
     bare = load_policy(str(folder), guard=False).build(PROBLEM)
     assert isinstance(guard, GuardedPolicy)
     assert isinstance(bare, FrozenPolicy)
+    guard.clock = lambda: 0.0  # on a busy machine any decision may be late
     state = next(state for state in STATES if bare.plan(state) != build_planner(PROBLEM).plan(state))
     assert guard.plan(state) == bare.plan(state)
     far = dataclasses.replace(state, deadline_s=1e-4)
