@@ -1,6 +1,7 @@
 """Hostile peers on raw sockets: a client that says Hello and then anything, a node that answers with anything."""
 
 import contextlib
+import math
 import random
 import threading
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from runtime.wire.messages import (
     Ping,
     Pong,
     Probe,
+    Receipt,
     Refused,
     Result,
     Status,
@@ -66,6 +68,12 @@ class Attacker:
         self.data.close()
 
 
+def riders(chance: random.Random) -> tuple[bool, Receipt | None]:
+    """What may ride on a data message, true or not."""
+    numbers = [chance.choice((0.0, -1.0, 1e-3, 1e300, math.nan, math.inf)) for _ in range(3)]
+    return chance.random() < 0.5, chance.choice((None, Receipt(chance.randrange(-1, 50), *numbers)))
+
+
 def client_messages(chance: random.Random) -> Message:
     """A message that a client may or may not send: whether it goes to control, and its frames."""
     frames = [bytes(chance.randrange(200)) for _ in range(chance.randrange(4))]
@@ -74,14 +82,16 @@ def client_messages(chance: random.Random) -> Message:
         for message in (
             HELLO,
             Ping(1),
-            Pong(1),
-            Ack(1),
+            Pong(1, chance.choice((0.0, math.nan, -math.inf))),
+            Ack(1, chance.choice((0.0, -1.0, math.inf))),
             Cancel(2),
             Describe("m"),
             Status(NodeState("x", Tier.EDGE, True), ()),
         )
     ]
-    choices += [(False, [encode(Envelope(chance.randrange(-5, 1000), submit(1, frames))), *frames])] * 4
+    choices += [
+        (False, [encode(Envelope(chance.randrange(-5, 1000), submit(1, frames), *riders(chance))), *frames])
+    ] * 4
     choices += [(False, [encode(Envelope(chance.randrange(1000), Probe())), bytes(50)])]
     choices += [(True, [msgspec.msgpack.encode(nested(chance.choice((10, 100, 5000))))])]
     choices += [(False, [b""] * chance.randrange(1, 5000))]
@@ -129,8 +139,8 @@ def node_messages(chance: random.Random, described: Described) -> Message:
         for message in (
             described,
             Ping(1),
-            Pong(numbers),
-            Ack(numbers),
+            Pong(numbers, chance.choice((0.0, math.nan, -math.inf))),
+            Ack(numbers, chance.choice((0.0, -1.0, math.inf))),
             Failure(numbers, "busy", "no", "x"),
             Refused("unknown", "say it again"),
             Status(state, (), (Status(state, ()),)),
@@ -138,7 +148,7 @@ def node_messages(chance: random.Random, described: Described) -> Message:
         )
     ]
     result = Result(numbers, (hop,) * chance.randrange(3), headers(frames))
-    choices += [(False, [encode(Envelope(chance.randrange(1000), result)), *frames])] * 4
+    choices += [(False, [encode(Envelope(chance.randrange(1000), result, *riders(chance))), *frames])] * 4
     choices += [(False, [encode(Envelope(chance.randrange(1000), submit(1, frames))), *frames])]
     choices += [(True, [msgspec.msgpack.encode(nested(chance.choice((10, 100, 5000))))])]
     return chance.choice(choices)
@@ -210,7 +220,7 @@ class HostileNode:
                     self._send(socket, client, [encode(self._described)])
                     self._meet(client, is_control=True)
                 case Ping(number=number):
-                    self._send(socket, client, [encode(Pong(number))])
+                    self._send(socket, client, [encode(Pong(number, 0.0))])
 
     def _meet(self, client: bytes, *, is_control: bool) -> None:
         if (client, is_control) not in self._clients:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from runtime.types import Tier
@@ -15,6 +17,7 @@ from runtime.wire.messages import (
     Ping,
     Pong,
     Probe,
+    Receipt,
     Refused,
     Submit,
     Welcome,
@@ -150,17 +153,17 @@ def test_pings_go_twice_a_second_and_pongs_measure_the_round_trip():
     assert call.count(Ping) == 1
     call.tick(0.5)
     assert call.count(Ping) == 2
-    call.tell(Pong(2), 0.53)
+    call.tell(Pong(2, 0.0), 0.53)
     assert call.link_state("device", 1.0).rtt_s == pytest.approx(0.03)
-    call.tell(Pong(2), 0.9)
-    call.tell(Pong(77), 0.9)
+    call.tell(Pong(2, 0.0), 0.9)
+    call.tell(Pong(77, 0.0), 0.9)
     assert call.link_state("device", 1.0).rtt_s == pytest.approx(0.03)
 
 
 def test_a_ping_is_answered():
     call = FakeCall().come_up()
     call.tell(Ping(5), 0.1)
-    assert call.said[-1] == Pong(5)
+    assert call.said[-1] == Pong(5, 0.1)
 
 
 def test_any_word_keeps_a_node_up_and_two_seconds_of_silence_lose_it():
@@ -329,6 +332,80 @@ def test_a_result_is_acknowledged_handed_over_once_and_never_twice():
     assert sum(isinstance(event, ReceivedData) for event in call.events) == 1
 
 
+def test_a_result_that_takes_a_receipt_is_acknowledged_by_the_next_data_that_leaves():
+    call = FakeCall().come_up()
+    call.finish_probe(0.1)
+    call.said.clear()
+    call.tell_data(Envelope(4, result(9, [b"xyz"]), takes_receipt=True), [b"xyz"], 0.2)
+    assert call.said == []
+    call.push(submit(1, [b"abc"]), [b"abc"], 3, 1, 0.3)
+    receipt = call.sent[-1].receipt
+    assert (receipt.sequence, receipt.received_s) == (4, 0.2)
+    call.settle(0.4)
+    assert call.said == []
+    call.tell(Ack(call.sent[-1].sequence), 0.5)
+    call.push(submit(2, [b"abc"]), [b"abc"], 3, 2, 0.6)
+    assert call.sent[-1].receipt is None
+
+
+def test_a_result_that_takes_a_receipt_is_acknowledged_with_its_age_when_no_data_leaves():
+    call = FakeCall().come_up()
+    call.push(submit(1, [b"abc"]), [b"abc"], 3, 1, 0.1)  # waits for the probe
+    call.said.clear()
+    call.tell_data(Envelope(4, result(9, []), takes_receipt=True), [], 0.2)
+    call.settle(0.25)
+    assert call.said == [Ack(4, pytest.approx(0.05))]
+    call.settle(0.3)
+    assert len(call.said) == 1
+    call.tell_data(Envelope(5, result(10, []), takes_receipt=True), [], 0.4)
+    call.tell_data(Envelope(6, result(11, []), takes_receipt=True), [], 0.5)  # the owner is not asked in between
+    call.settle(0.5)
+    assert call.said[1:] == [Ack(5, pytest.approx(0.1)), Ack(6, 0.0)]
+
+
+def test_what_is_not_handed_over_is_acknowledged_at_once():
+    call = FakeCall().come_up()
+    call.tell_data(Envelope(1, Probe(), takes_receipt=True), [bytes(100)], 0.1)
+    call.tell_data(Envelope(2, result(9, [b"abc"]), takes_receipt=True), [], 0.1)
+    call.tell_data(Envelope(2, result(9, []), takes_receipt=True), [], 0.1)
+    assert call.said[-3:] == [Ack(1), Ack(2), Ack(2)]
+
+
+def test_a_receipt_completes_the_message_in_flight_before_what_it_rides_on_is_handed_over():
+    call = FakeCall().come_up()
+    call.finish_probe(0.1)
+    call.tell(Pong(1, 1000.0), 0.1)  # its clock shows 1000 when ours shows 0.05
+    call.push(submit(1, [bytes(20_000)]), [bytes(20_000)], 20_000, "tag", 0.2)
+    assert call.sent[-1].takes_receipt
+    call.events.clear()
+    receipt = Receipt(call.sent[-1].sequence, 1000.45, math.nan, math.nan)
+    call.tell_data(Envelope(1, result(1, []), receipt=receipt), [], 0.9)
+    delivered, received = call.events
+    assert (delivered.tag, delivered.transfer_s) == ("tag", pytest.approx(0.3))
+    assert received.body.request == 1
+    assert call.link_state("device", 0.9).samples[0].age_s == pytest.approx(0.4)
+
+
+def test_only_a_message_with_nothing_behind_it_takes_a_receipt():
+    call = FakeCall().come_up()
+    for number in (1, 2):
+        call.push(submit(number, [b"abc"]), [b"abc"], 3, number, 0.1)
+    assert not call.sent[-1].takes_receipt  # a probe
+    call.tell(Ack(call.sent[-1].sequence), 0.2)
+    assert not call.sent[-1].takes_receipt
+    call.tell(Ack(call.sent[-1].sequence, held_s=0.05), 0.3)
+    assert call.sent[-1].takes_receipt
+
+
+def test_the_time_that_an_acknowledgement_was_held_is_none_of_the_transfer():
+    call = FakeCall().come_up()
+    call.finish_probe(0.1)
+    for held_s, transfer_s in ((0.2, 0.3), (-1.0, 0.5), (math.nan, 0.5), (9.0, 0.5)):
+        call.push(submit(1, [b"abc"]), [b"abc"], 3, 1, 1.0)
+        call.tell(Ack(call.sent[-1].sequence, held_s), 1.5)
+        assert call.events[-1].transfer_s == pytest.approx(transfer_s)
+
+
 def test_a_probe_is_acknowledged_and_thrown_away():
     call = FakeCall().come_up()
     call.tell_data(Envelope(1, Probe()), [bytes(100)], 0.1)
@@ -383,7 +460,7 @@ def test_anything_else_is_for_the_owner():
 def test_before_the_welcome_nothing_reaches_the_owner():
     call = FakeCall()
     call.learn(Fate.CONNECTED, 0.0, is_control=True)
-    call.tell(Pong(1), 0.1)
+    call.tell(Pong(1, 0.0), 0.1)
     call.tell_data(Envelope(1, result(1, [])), [], 0.1)
     assert call.events == []
     assert call.said == [HELLO]

@@ -223,8 +223,8 @@ GOOD = TensorHeader("x", (4, 8), "float32", (0, 1), "raw", 128)
         ({"codec": "int8"}, "32 bytes for shape"),
         ({"codec": "fp16"}, "64 bytes for shape"),
         ({"codec": "fp16", "dtype": "int64"}, "a floating dtype"),
-        ({"codec": "int8", "scale": float("nan")}, "a finite scale"),
-        ({"codec": "int8", "zero": float("inf")}, "a finite scale"),
+        ({"codec": "int8", "shape": (16, 8), "scale": float("nan")}, "a finite scale"),
+        ({"codec": "int8", "shape": (16, 8), "zero": float("inf")}, "a finite scale"),
         ({"codec": "lossless"}, "a frame that unpacks to 128 bytes"),
     ],
 )

@@ -145,9 +145,9 @@ def test_a_client_that_starts_over_is_a_new_one():
     assert [type(event) for event in door.events] == [Joined, Left, Joined]
     assert door.events[0].peer is door.events[1].peer is not door.events[2].peer
     first.tell(Ping(1))
-    assert Pong(1) not in first.heard
+    assert Pong(1, 0.0) not in first.heard
     second.tell(Ping(2))
-    assert Pong(2) in second.heard
+    assert Pong(2, 0.0) in second.heard
     first.tell(HELLO)
     assert len(door.events) == 3
 

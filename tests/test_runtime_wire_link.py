@@ -16,12 +16,17 @@ from runtime.wire.link import (
     from_report,
     to_report,
 )
+from runtime.wire.messages import Receipt
 
 MB = 10**6
 
 
 def measure(meter: LinkMeter, seconds: float, nbytes: int = MB, at_s: float = 100.0) -> float:
     return meter.add_transfer(nbytes, at_s, at_s + seconds)
+
+
+def ping(meter: LinkMeter, rtt_s: float, ahead_s: float = 0.0, sent_s: float = 50.0) -> None:
+    meter.add_ping(sent_s, sent_s + rtt_s, sent_s + rtt_s / 2 + ahead_s)
 
 
 def test_nothing_is_known_at_first():
@@ -33,14 +38,14 @@ def test_nothing_is_known_at_first():
 
 def test_a_transfer_is_what_passed_less_half_a_round_trip():
     meter = LinkMeter()
-    meter.add_rtt(0.2)
+    ping(meter, 0.2)
     assert measure(meter, 1.1) == pytest.approx(1.0)
     assert meter.bandwidth_bps == pytest.approx(8 * MB)
 
 
 def test_a_transfer_under_way_tells_what_it_has_taken_beyond_a_round_trip():
     meter, uplink = LinkMeter(), Uplink()
-    meter.add_rtt(0.2)
+    ping(meter, 0.2)
     uplink.push("request", MB, None, 10.0)
     uplink.start(10.0)
     state = meter.state("device", "edge", 13.0, uplink.backlog_bytes, uplink.in_flight)
@@ -60,21 +65,78 @@ def test_a_small_message_under_way_bounds_nothing():
 @given(rtt_s=st.floats(0, 10), seconds=st.floats(0, 10))
 def test_no_round_trip_makes_a_transfer_shorter_than_half_of_what_passed(rtt_s, seconds):
     meter = LinkMeter()
-    meter.add_rtt(rtt_s)
+    ping(meter, rtt_s)
     transfer_s = measure(meter, seconds)
     assert 0 < transfer_s <= max(seconds, 1.1e-6) * (1 + 1e-6)
     assert transfer_s >= seconds / 2 * (1 - 1e-6)
     assert math.isfinite(meter.bandwidth_bps)
 
 
+@given(
+    ahead_s=st.floats(-1e6, 1e6),
+    rtt_s=st.floats(1e-4, 1),
+    skew=st.floats(0, 1),
+    seconds=st.floats(1e-3, 10),
+    held_s=st.floats(0, 10),
+    knows=st.sampled_from(["sender", "receiver", "both"]),
+)
+def test_a_receipt_tells_the_transfer_whatever_it_rode_on(ahead_s, rtt_s, skew, seconds, held_s, knows):
+    """`skew` is the share of the round trip that the way there takes, which nobody can measure."""
+    sender, receiver = LinkMeter(), LinkMeter()
+    if knows != "receiver":
+        sender.add_ping(50.0, 50.0 + rtt_s, 50.0 + skew * rtt_s + ahead_s)
+    if knows != "sender":
+        receiver.add_ping(50.0 + ahead_s, 50.0 + ahead_s + rtt_s, 50.0 + (1 - skew) * rtt_s)
+    started_s, took_s = 100.0, seconds + skew * rtt_s
+    arrived_s = started_s + took_s
+    receipt = Receipt(1, arrived_s + ahead_s, receiver.rtt_s, receiver.ahead_s)
+    back_s = arrived_s + held_s + (1 - skew) * rtt_s + 5.0
+    transfer_s = sender.add_receipt(MB, started_s, receipt, back_s)
+    assert sender.reads_receipts
+    assert transfer_s == pytest.approx(seconds + rtt_s / 2, abs=1e-6)
+    assert sender.state("a", "b", back_s, 0).samples[0].age_s == pytest.approx(back_s - arrived_s, abs=rtt_s)
+
+
+def test_the_side_with_the_shorter_round_trip_says_how_the_clocks_differ():
+    meter = LinkMeter()
+    ping(meter, 0.3, ahead_s=1000.1)
+    assert meter.add_receipt(MB, 100.0, Receipt(1, 1101.0, 0.02, -1000.0), 102.0) == pytest.approx(1.0)
+    assert meter.add_receipt(MB, 100.0, Receipt(1, 1101.0, 0.4, -999.0), 102.0) == pytest.approx(0.9)
+
+
+def test_a_receipt_that_cannot_be_read_gives_no_sample_and_asks_for_a_word_of_its_own():
+    meter = LinkMeter()
+    assert meter.reads_receipts
+    assert meter.add_receipt(MB, 100.0, Receipt(1, 7.0, math.nan, math.nan), 103.0) == 3.0
+    assert not meter.reads_receipts
+    measure(meter, 1.0)
+    assert meter.reads_receipts
+    ping(meter, 0.01)
+    for outside_s in (99.0, 104.0, -1e300, math.nan, math.inf):
+        assert meter.add_receipt(MB, 100.0, Receipt(1, outside_s, math.nan, math.nan), 103.0) == 3.0
+        assert not meter.reads_receipts
+    assert len(meter.state("a", "b", 110.0, 0).samples) == 1
+
+
+@given(*[st.floats(width=64)] * 4, st.floats(0, 1e9))
+def test_no_receipt_breaks_the_meter(received_s, rtt_s, ahead_s, peer_clock_s, elapsed_s):
+    meter = LinkMeter()
+    for _ in range(2):
+        receipt = Receipt(1, received_s, rtt_s, ahead_s)
+        assert 0 < meter.add_receipt(MB, 100.0, receipt, 100.0 + elapsed_s) <= 2 * max(elapsed_s, 1e-6)
+        state = meter.state("a", "b", 100.0 + elapsed_s, 0)
+        assert all(sample.bandwidth_bps > 0 and sample.age_s >= 0 for sample in state.samples)
+        meter.add_ping(50.0, 50.1, peer_clock_s)
+
+
 def test_the_round_trip_is_the_smallest_of_the_recent_ones():
     meter = LinkMeter()
     for rtt_s in (0.05, 0.01, 0.03):
-        meter.add_rtt(rtt_s)
-    assert meter.rtt_s == 0.01
+        ping(meter, rtt_s)
+    assert meter.rtt_s == pytest.approx(0.01)
     for _ in range(SAMPLES):
-        meter.add_rtt(0.2)
-    assert meter.rtt_s == 0.2
+        ping(meter, 0.2)
+    assert meter.rtt_s == pytest.approx(0.2)
     meter.forget_rtt()
     assert math.isnan(meter.rtt_s)
 

@@ -23,7 +23,7 @@ from runtime.types import LinkState
 from runtime.wire.call import Call
 from runtime.wire.door import Door, Guest, Routers
 from runtime.wire.endpoint import RoutingId, check_exposure, make_token
-from runtime.wire.events import Buffer, Connected, Event, Joined, Limits, Lost, Peer, Sent, Traffic
+from runtime.wire.events import Buffer, Connected, Event, Joined, Limits, Lost, Peer, ReceivedData, Sent, Traffic
 from runtime.wire.keys import Keys, check_key, write_keys
 from runtime.wire.messages import ControlMessage, Goodbye, Hello, Refused, Result, Submit, Welcome
 from runtime.wire.session import Session, check_outgoing, encode_control
@@ -177,6 +177,7 @@ class Hub:
         self._limits = Limits() if limits is None else limits
         self._clock = clock
         self._events: list[Event] = []
+        self._unsettled: list[Peer] = []  # have handed data over
         self._lines: list[_Line] = []
         self._door: Door | None = None
         self._gate: Gate | None = None
@@ -318,6 +319,9 @@ class Hub:
         if self._is_closed:
             raise TransportError(f"hub {self.name!r} is closed; open a new one")
         now_s = self._clock()
+        for peer in self._unsettled:
+            _session(peer).settle(now_s)
+        self._unsettled.clear()
         deadline_s = now_s + timeout_s
         while True:
             wait_s = 0.0 if self._events else min(deadline_s, self._tick_s) - now_s
@@ -380,7 +384,9 @@ class Hub:
 
     def _tell(self, event: Event) -> None:
         self._events.append(event)
-        if type(event) in _TURNS:
+        if type(event) is ReceivedData:
+            self._unsettled.append(event.peer)
+        elif type(event) in _TURNS:
             self._tick_s = 0.0  # other things are due now: a first ping, a Hello
 
     def _close_routers(self) -> None:

@@ -64,6 +64,8 @@ _HALF_MAX = torch.finfo(torch.float16).max
 _INT8_STEPS = 255
 _MIN_LOSSLESS_BYTES = 128  # blosc stores anything smaller as it is, plus its header
 
+_ANY_LENGTH = -1
+
 _BLOSC_HEADER = struct.Struct("<BBBBIII")  # version, version of zstd, flags, itemsize, nbytes, block size, cbytes
 _BLOSC_ZSTD = 4  # value of the three highest bits of flags
 
@@ -115,10 +117,18 @@ def decode(header: TensorHeader, frame: Buffer, limits: Limits) -> torch.Tensor:
     Raises:
         ProtocolError: if a field is out of its range, a cap is broken, or the frame is not what the header says.
     """
-    layout = _check_layout(header, limits)
+    try:  # the same layouts come with every request: kept when good
+        layout = _make_layout(
+            header.shape, header.dtype, header.dim_order, header.codec, limits.dims, limits.message_bytes
+        )
+    except _BadLayout as bad:
+        raise _bad(header, *bad.args) from None
     view = memoryview(frame)
-    if header.frame_bytes != len(view):
-        raise _bad(header, f"a frame of {header.frame_bytes} bytes, as announced", str(len(view)))
+    nbytes = len(view)
+    if header.frame_bytes != nbytes:
+        raise _bad(header, f"a frame of {header.frame_bytes} bytes, as announced", str(nbytes))
+    if layout.frame_bytes not in (nbytes, _ANY_LENGTH):
+        raise _bad(header, f"{layout.frame_bytes} bytes for shape {header.shape}", str(nbytes))
     return layout.decode(header, view, layout)
 
 
@@ -243,7 +253,7 @@ class _Layout:
     dtype: torch.dtype
     shape: tuple[int, ...]
     size: int
-    frame_bytes: int  # of every codec but lossless
+    frame_bytes: int  # _ANY_LENGTH: of lossless
     strides: tuple[int, ...]
     array_dtype: "np.dtype[Any] | None"  # None: not numpy's, or there are no elements
     byte_strides: tuple[int, ...]
@@ -263,10 +273,11 @@ def _from_buffer(view: memoryview, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _decode_raw(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
-    _check_length(header, view, layout)
     if layout.array_dtype is None:
         return layout.arrange(_from_buffer(view, layout.dtype))
     memory = bytearray(view) if view.readonly else view
+    if len(layout.shape) == 1 and layout.dtype is not torch.bool:
+        return torch.frombuffer(memory, dtype=layout.dtype)
     # Shaped by numpy, not by torch: one call into torch in place of two.
     tensor = torch.from_numpy(np.ndarray(layout.shape, layout.array_dtype, memory, 0, layout.byte_strides))
     return _check_bool(header, tensor) if layout.dtype is torch.bool else tensor
@@ -283,14 +294,12 @@ def _decode_lossless(header: TensorHeader, view: memoryview, layout: _Layout) ->
 
 
 def _decode_fp16(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
-    _check_length(header, view, layout)
     return layout.arrange(_from_buffer(view, torch.float16).to(layout.dtype))
 
 
 def _decode_int8(header: TensorHeader, view: memoryview, layout: _Layout) -> torch.Tensor:
     if not (math.isfinite(header.scale) and math.isfinite(header.zero)):
         raise _bad(header, "a finite scale and zero", f"{header.scale}, {header.zero}")
-    _check_length(header, view, layout)
     codes = _from_buffer(view, torch.uint8)
     wide = codes.to(torch.float64 if layout.dtype is torch.float64 else torch.float32)
     return layout.arrange(wide.mul_(header.scale).add_(header.zero).to(layout.dtype))
@@ -318,16 +327,6 @@ def _bad(header: TensorHeader, expected: str, got: str) -> ProtocolError:
         f"tensor {header.name[:80]!r}: expected {expected}, got {got}; the frame was dropped: both ends must run the "
         "same version of offcut"
     )
-
-
-def _check_layout(header: TensorHeader, limits: Limits) -> _Layout:
-    """Check the shape, dtype, order and codec of a header. The same ones come with every request: kept when good."""
-    try:
-        return _make_layout(
-            header.shape, header.dtype, header.dim_order, header.codec, limits.dims, limits.message_bytes
-        )
-    except _BadLayout as bad:
-        raise _bad(header, *bad.args) from None
 
 
 class _BadLayout(Exception):  # noqa: N818 - never leaves this module
@@ -362,16 +361,11 @@ def _make_layout(
         dtype=dtype,
         shape=shape,
         size=size,
-        frame_bytes=size * (itemsize or dtype.itemsize),
+        frame_bytes=_ANY_LENGTH if codec == "lossless" else size * (itemsize or dtype.itemsize),
         strides=strides,
         array_dtype=np.dtype(dtype_name) if size and dtype in _NUMPY_DTYPES else None,
         byte_strides=tuple(stride * dtype.itemsize for stride in strides),
     )
-
-
-def _check_length(header: TensorHeader, view: memoryview, layout: _Layout) -> None:
-    if len(view) != layout.frame_bytes:
-        raise _bad(header, f"{layout.frame_bytes} bytes for shape {header.shape}", str(len(view)))
 
 
 def _check_blosc(header: TensorHeader, view: memoryview, nbytes: int) -> None:
@@ -461,6 +455,8 @@ class AutoCodec:
             ConfigError: if the codec is unknown.
             ProtocolError: as `encode` does.
         """
+        if codec == "raw" and (plain := _show_plain(name, tensor)) is not None:
+            return plain
         if codec not in CODECS:
             raise ConfigError(f"expected a codec among {CODECS}, got {codec!r}")
         chosen = self._choose(name, tensor, bandwidth_bps) if codec == "auto" else codec

@@ -1,7 +1,8 @@
 """Every message on the wire: one tagged msgspec struct each, never pickle.
 
 Control messages travel as one frame. Data messages travel as a header frame (`Envelope`) and one raw frame per tensor,
-zero copy. Times are ages or durations, never timestamps: no two machines share a clock.
+zero copy. Times are ages or durations, for no two machines share a clock: only pongs and receipts tell their sender's, so that
+two peers can learn how theirs differ.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import msgspec
 from runtime.presets import NodeEmulation
 from runtime.types import CODECS, GraphSpec, NodeProfile, NodeState, Plan, Tier
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised whenever a message changes its meaning; peers of different versions refuse each other by name."""
 
 CAPABILITIES = CODECS[1:]
@@ -118,12 +119,14 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
     """Answer to a `Ping`."""
 
     number: int
+    clock_s: float  # of whoever answers: says nothing by itself, but dates its receipts for whoever pinged
 
 
 class Ack(msgspec.Struct, frozen=True, tag=True):
     """A data message has arrived whole."""
 
     sequence: int
+    held_s: float = 0.0  # how long ago
 
 
 class LinkReport(msgspec.Struct, frozen=True):
@@ -207,11 +210,22 @@ class Probe(msgspec.Struct, frozen=True, tag=True):
 DataMessage = Submit | Result | Probe
 
 
+class Receipt(msgspec.Struct, frozen=True, array_like=True):
+    """An acknowledgement that rides on a data message."""
+
+    sequence: int
+    received_s: float  # in its sender's clock
+    rtt_s: float  # how well its sender knows the other clock, NaN: not at all
+    ahead_s: float  # what that clock shows more than its own
+
+
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """Header frame of a data message. `sequence` is what the receiver acknowledges."""
 
     sequence: int
     body: DataMessage
+    takes_receipt: bool = False  # an acknowledgement may ride: nothing waits behind it, and the last one could be read
+    receipt: Receipt | None = None
 
 
 encode: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode

@@ -67,4 +67,7 @@ def unpack(packed: Packed, expected: Sequence[str], limits: Limits) -> dict[str,
     got = [header.name for header in packed.headers]
     if got != expected and sorted(got) != sorted(expected):
         raise ProtocolError(f"expected the tensors {sorted(expected)}, got {sorted(got)}")
-    return {h.name: decode(h, f, limits) for h, f in zip(packed.headers, packed.frames, strict=True)}
+    tensors: dict[str, torch.Tensor] = {}
+    for header, frame in zip(packed.headers, packed.frames, strict=True):
+        tensors[header.name] = decode(header, frame, limits)
+    return tensors

@@ -12,7 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -28,6 +28,7 @@ from runtime.wire.messages import (
     Ping,
     Pong,
     Probe,
+    Receipt,
     Result,
     Submit,
     encode,
@@ -110,6 +111,7 @@ class Session(Peer, ABC):
         self._num_pings = 0
         self._pings_s: OrderedDict[int, float] = OrderedDict()
         self._last_received = 0
+        self._receipt: Receipt | None = None  # of the newest data message, while its acknowledgement may still ride
 
     @abstractmethod
     def say(self, message: ControlMessage) -> bool:
@@ -151,16 +153,18 @@ class Session(Peer, ABC):
         self._heard_s = now_s
         match message:
             case Ping():
-                self.say(Pong(message.number))
+                self.say(Pong(message.number, now_s))
             case Pong():
                 sent_s = self._pings_s.pop(message.number, math.nan)
                 if not math.isnan(sent_s):
-                    self.meter.add_rtt(now_s - sent_s)
+                    self.meter.add_ping(sent_s, now_s, message.clock_s)
             case _:
                 self.emit(Received(self, message))
 
     def take_data(self, parts: Sequence[memoryview], nbytes: int, now_s: float) -> None:
         """Handle a data message: acknowledge it, and hand it to the owner unless it came before.
+
+        What the owner sends back may carry the acknowledgement, until `settle`.
 
         Raises:
             ProtocolError: if it is malformed, or not a message that this peer may send.
@@ -171,20 +175,37 @@ class Session(Peer, ABC):
         envelope = decode(ENVELOPE_DECODER, parts[0])
         if envelope.sequence <= INTRODUCTION:
             return
-        # Whatever is wrong with the rest, it has arrived: without a word the sender's queue would stand still.
-        self.say(Ack(envelope.sequence))
-        if envelope.sequence <= self._last_received:
-            return  # sent again on a new data socket, while our acknowledgement was on its way
-        self._last_received = envelope.sequence
-        body, frames = envelope.body, tuple(parts[1:])
-        if isinstance(body, Probe) or not self.is_up:  # not up: the acknowledgement found the peer gone
+        if envelope.receipt is not None:
+            self._take_receipt(envelope.receipt, now_s)
+        body: Any = envelope.body
+        frames = tuple(parts[1:])
+        is_new = envelope.sequence > self._last_received  # if not, our word was on its way when it was sent again
+        is_expected = isinstance(body, self.incoming) and len(frames) == len(body.tensors)
+        if is_new and is_expected and envelope.takes_receipt:
+            if self._receipt is not None:
+                self.settle(now_s)
+            self._receipt = Receipt(envelope.sequence, now_s, self.meter.rtt_s, self.meter.ahead_s)
+        else:
+            # Whatever is wrong with it, it has arrived: without a word the sender's queue would stand still.
+            self.say(Ack(envelope.sequence))
+        if not is_new:
             return
-        if not isinstance(body, self.incoming) or len(frames) != len(body.tensors):
+        self._last_received = envelope.sequence
+        if type(body) is Probe or not self.is_up:  # not up: the acknowledgement found the peer gone
+            return
+        if not is_expected:
             raise ProtocolError(
                 f"expected one of {[kind.__name__ for kind in self.incoming]} with a frame per tensor, got a "
                 f"{type(body).__name__} with {len(frames)} frames"
             )
         self.emit(ReceivedData(self, body, frames, nbytes))
+
+    def settle(self, now_s: float) -> None:
+        """Acknowledge what was handed over, if no data went back that carried it; to be called once the owner had its turn."""
+        receipt = self._receipt
+        if receipt is not None:
+            self._receipt = None
+            self.say(Ack(receipt.sequence, now_s - receipt.received_s))
 
     def count_received(self, nbytes: int) -> None:
         """Count bytes that came."""
@@ -201,10 +222,20 @@ class Session(Peer, ABC):
         item = self.uplink.ack(ack.sequence)
         if item is None:
             return
-        transfer_s = self.meter.add_transfer(item.nbytes, item.started_s, now_s)
+        held_s = ack.held_s if 0.0 <= ack.held_s <= now_s - item.started_s else 0.0
+        self._complete(item, self.meter.add_transfer(item.nbytes, item.started_s, now_s - held_s), now_s)
+
+    def _take_receipt(self, receipt: Receipt, now_s: float) -> None:
+        item = self.uplink.ack(receipt.sequence)
+        if item is not None:
+            transfer_s = self.meter.add_receipt(item.nbytes, item.started_s, receipt, now_s)
+            self._complete(item, transfer_s, now_s)
+
+    def _complete(self, item: Outgoing[Payload], transfer_s: float, now_s: float) -> None:
         if not item.is_withdrawn and type(item.payload.body) is not Probe:
             self.emit(Delivered(self, item.tag, item.nbytes, transfer_s, item.waited_s))
-        self.pump(now_s)
+        if self.uplink.waiting:
+            self.pump(now_s)
 
     # --- out
 
@@ -228,13 +259,15 @@ class Session(Peer, ABC):
     def _launch(self, item: Outgoing[Payload]) -> bool:
         payload = item.payload
         body = payload.body
-        if type(body) is Submit and item.waited_s:
+        if type(body) is Submit and item.started_s != item.pushed_s:
             # The deadline went on while the request stood in our queue.
             body = msgspec.structs.replace(body, remaining_s=body.remaining_s - item.waited_s)
-        header = encode(Envelope(item.sequence, body))
+        takes_receipt = self.meter.reads_receipts and type(body) is not Probe and not self.uplink.waiting
+        header = encode(Envelope(item.sequence, body, takes_receipt, self._receipt))
         item.nbytes = len(header) + payload.frame_bytes
         if not self.transmit([header, *payload.frames]):
             return False
+        self._receipt = None
         self._sent_bytes += item.nbytes
         if type(body) is Probe:
             self._probe_bytes += item.nbytes
@@ -269,6 +302,7 @@ class Session(Peer, ABC):
         self.meter.forget_rtt()
         self._pings_s.clear()
         self._last_received = 0
+        self._receipt = None
 
 
 def encode_control(message: ControlMessage, limits: Limits) -> bytes:
@@ -296,17 +330,17 @@ def check_outgoing(frames: Sequence[Buffer], limits: Limits) -> int:
         ProtocolError: if the peer would refuse it.
         TypeError: if a frame is no flat run of bytes; half a message cannot be taken back.
     """
-    nbytes = sum(map(_frame_bytes, frames))
+    nbytes = 0
+    for frame in frames:
+        view = memoryview(frame)
+        if view.ndim != 1 or view.itemsize != 1 or not view.contiguous:
+            raise TypeError(
+                f"expected a frame of single bytes in one run, got {view.ndim} dimensions of {view.format!r}"
+            )
+        nbytes += view.nbytes
     if len(frames) > limits.frames or nbytes > limits.message_bytes:
         raise ProtocolError(
             f"expected at most {limits.frames} frames of {limits.message_bytes} bytes together, got {len(frames)} of "
             f"{nbytes}; send less at once, or raise Limits on both sides"
         )
     return nbytes
-
-
-def _frame_bytes(frame: Buffer) -> int:
-    view = memoryview(frame)
-    if view.ndim != 1 or view.itemsize != 1 or not view.contiguous:
-        raise TypeError(f"expected a frame of single bytes in one run, got {view.ndim} dimensions of {view.format!r}")
-    return view.nbytes
