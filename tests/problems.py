@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+from hypothesis import strategies as st
 
 from runtime.errors import PlanError
 from runtime.planning.cost import estimate
@@ -71,6 +72,44 @@ def random_problem(
         nodes[node.name] = _profile(layer_s * factor, codec_bytes_per_s, fixed_s=float(rng.uniform(0, 1e-3)))
     ratios = {v.name: float(rng.uniform(1.2, 2)) for v in graph.values if rng.random() < 0.5 and v.is_sized}
     return PlanningProblem(ModelProfile(graph, nodes, ratios), deployment, constraints or Constraints(), input_kind)
+
+
+@st.composite
+def planning_cases(draw: st.DrawFn, max_layers: int = 4) -> tuple[PlanningProblem, SystemState]:
+    """Any small graph with any sizes, speeds, links and loads, drawn so that a failure shrinks to a simple one."""
+    length = draw(st.integers(1, max_layers))
+    reads = [
+        tuple(sorted(draw(st.sets(st.integers(-1, i - 1), min_size=1, max_size=3), label=f"reads of layer {i}")))
+        for i in range(length)
+    ]
+    kind = draw(st.sampled_from(("tensor", "image", "encoded")))
+    graph = make_graph(reads, has_stage=kind != "tensor" or draw(st.booleans()))
+    bytes_of = {v.name: draw(st.integers(4, 10**6)) for v in graph.values if v.is_sized}
+    graph = with_sizes(graph, bytes_of, f"drawn-{reads}-{bytes_of}")
+    deployment = make_deployment(edges=draw(st.integers(1, 2)), has_cloud=True)
+    seconds, codec_bytes_per_s = st.floats(1e-4, 0.1), draw(st.sampled_from((1e3, 1e11)))
+    profiles = {
+        name: _profile(
+            np.array(draw(st.lists(seconds, min_size=graph.num_layers, max_size=graph.num_layers))),
+            codec_bytes_per_s,
+            fixed_s=0.0 if name == DEVICE_NODE else draw(st.floats(0, 1e-3)),
+        )
+        for name in (DEVICE_NODE, *(node.name for node in deployment.nodes))
+    }
+    ratios = {name: ratio for name in bytes_of if (ratio := draw(st.sampled_from((1.0, 1.3, 2.0)))) > 1}
+    tiers = draw(st.sampled_from((tuple(Tier), (Tier.DEVICE, Tier.CLOUD), (Tier.DEVICE, Tier.EDGE))))
+    limits = Constraints(private_input=draw(st.booleans()), allowed_tiers=tiers)
+    problem = PlanningProblem(ModelProfile(graph, profiles, ratios), deployment, limits, kind)
+    links = tuple(
+        LinkState(source, target, (LinkSample(0.1, bps := draw(st.floats(1e6, 3e8))),), bps, draw(st.floats(0, 0.01)))
+        for source, target in link_ends(problem)
+    )
+    nodes = tuple(
+        NodeState(node.name, node.tier, True, draw(st.floats(1, 8)), draw(st.floats(0, 0.03)), age_s=0.2)
+        for node in deployment.nodes
+    )
+    backlog_s = draw(st.sampled_from((0.0, 0.02)))
+    return problem, make_state(problem, links=links, nodes=nodes, device_backlog_s=backlog_s)
 
 
 def with_sizes(graph: GraphSpec, sizes: dict[str, int], graph_id: str) -> GraphSpec:

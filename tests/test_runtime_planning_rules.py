@@ -29,7 +29,7 @@ from runtime.types import (
     Tier,
 )
 from tests.graphs import make_graph, make_problem, make_state
-from tests.problems import legal_plans, link_ends, predict_s, random_problem, random_state
+from tests.problems import legal_plans, link_ends, planning_cases, predict_s, random_problem, random_state
 
 SEEDS = st.integers(0, 10_000)
 few = settings(max_examples=25, deadline=None)
@@ -188,23 +188,15 @@ def test_last_values_in_plain_numbers_are_those_of_the_arrays(seed: int) -> None
 # --- minimum cuts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(0, 240, 12))
-def test_optimal_is_the_best_of_all_legal_plans(seed: int) -> None:
-    """Twelve random graphs each, against every legal plan priced by the cost model."""
-    for case in range(seed, seed + 12):
-        has_stage = case % 4 == 0
-        limits = Constraints(
-            private_input=case % 5 == 0, allowed_tiers=tuple(Tier) if case % 3 else (Tier.DEVICE, Tier.CLOUD)
-        )
-        kind = ("encoded", "image", "tensor")[case % 3] if has_stage else "tensor"
-        problem = random_problem(
-            case, 4, edges=1 + (case % 6 == 0), constraints=limits, has_stage=has_stage, input_kind=kind
-        )
-        state = random_state(problem, case, device_backlog_s=0.01 * (case % 3))
-        plan, seconds = build_optimal(problem).solve(state)
-        best_s = min(predict_s(problem, other, state) for other in legal_plans(problem))
-        assert seconds == pytest.approx(best_s, rel=1e-6)
-        assert predict_s(problem, check_plan(problem, plan), state) == pytest.approx(seconds, rel=1e-9)
+@given(case=planning_cases())
+@settings(max_examples=200, deadline=None)
+def test_optimal_is_the_best_of_all_legal_plans(case: tuple[PlanningProblem, SystemState]) -> None:
+    """Against every legal plan priced by the cost model."""
+    problem, state = case
+    plan, seconds = build_optimal(problem).solve(state)
+    best_s = min(predict_s(problem, other, state) for other in legal_plans(problem))
+    assert seconds == pytest.approx(best_s, rel=1e-6)
+    assert predict_s(problem, check_plan(problem, plan), state) == pytest.approx(seconds, rel=1e-9)
 
 
 def test_optimal_uses_every_topology_and_tier_somewhere() -> None:
