@@ -195,6 +195,7 @@ def test_state_shows_bandwidth_load_and_links_of_nodes_behind_the_head(session: 
             ("edge0", "cloud"),
             ("device", "cloud"),
             ("cloud", "device"),
+            ("cloud", "edge0"),
         }
         return wanted <= ends and all(node.is_up and node.load_factor >= 1.0 for node in state.nodes)
 

@@ -57,6 +57,15 @@ def test_of_two_reports_of_one_node_the_fresher_counts(board: Board) -> None:
     assert node.load_factor == 1.5
 
 
+def test_a_head_tells_of_the_way_back_to_it_from_nodes_behind(board: Board) -> None:
+    behind = make_status("cloud", Tier.CLOUD)
+    board.hear("edge0", make_status("edge0", Tier.EDGE, peers=(behind,)), 1.0)
+    link = board.state(FACTS, 2.0).link("cloud", "edge0")
+    assert link is not None
+    assert (link.samples[0].age_s, link.samples[0].bandwidth_bps) == (pytest.approx(1.5), 8e6)
+    assert board.state(FACTS, 2.0).link("cloud", "device") is None
+
+
 def test_the_rate_is_that_of_the_last_arrivals(board: Board) -> None:
     assert math.isnan(board.state(FACTS, 0.0).request_rate_hz)
     for i in range(20):

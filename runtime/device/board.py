@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from runtime.types import DEVICE_NODE, LinkSample, LinkState, NodeState, Plan, SystemState, Tier
 from runtime.wire.link import from_report
-from runtime.wire.messages import Status
+from runtime.wire.messages import LinkReport, Status
 
 RECENT = 8
 """How many prediction errors and arrivals are remembered."""
@@ -56,10 +56,15 @@ class Board:
         with self._lock:
             self._note(name, status.state, now_s)
             for index, report in enumerate(status.links):
-                target = DEVICE_NODE if index == 0 else report.target  # a node reports the way back to us first
-                self._links[(name, target)] = (now_s, replace(from_report(report, name), target=target))
+                self._note_link(name, DEVICE_NODE if index == 0 else report.target, report, now_s)
             for peer in status.peers:
                 self._note(peer.state.name, peer.state, now_s)
+                for report in peer.links[:1]:
+                    self._note_link(peer.state.name, name, report, now_s)
+
+    def _note_link(self, source: str, target: str, report: LinkReport, now_s: float) -> None:
+        """Keep what a node measured of a link; it reports the way back to whom it tells first."""
+        self._links[(source, target)] = (now_s, replace(from_report(report, source), target=target))
 
     def hear_reply(self, name: str, state: NodeState, now_s: float) -> None:
         """Note the load that a node told with an answer."""
