@@ -43,6 +43,9 @@ BARS = {"torchvision:vgg16": "tiles_vgg16_two_nodes_speedup", "timm:darknet53": 
 SPEEDUP = 1.7
 ROUNDS = 15
 QUICK_ROUNDS = 2
+SPAN_ROUNDS = 5
+"""Of every span alone."""
+
 DEADLINE_S = 120.0
 WARM_UP = 5
 """Requests after which the links' readings are those of tiles: a node tells them twice a second."""
@@ -156,10 +159,10 @@ def _measure_spans(
         tiers = _tiers(session.graph.num_layers, span.start, span.stop)
         plan = Plan(tiers, names[: span.num_tiles], (span,), "raw")
         seconds = []
-        for _ in range(rounds + 1):  # the first one builds segments
+        for turn in range(min(rounds, SPAN_ROUNDS) + 1):
             result = session.infer(model.example, plan=plan, deadline_s=DEADLINE_S)
             _check(result, expected)
-            if result.latency is not None:
+            if turn and result.latency is not None:  # the first one builds segments
                 seconds.append(result.latency.compute_s[names[0]])
         errors.append(abs(cost.total_s / min(seconds) - 1.0))
         report.add(f"{case}, span {span.describe()}", "predicted", cost.total_s * 1e3, "ms")
@@ -197,7 +200,8 @@ def _tile_node(problem: PlanningProblem, state: SystemState, name: str) -> TileN
     there, back = state.link("edge0", name), state.link(name, "edge0")
     if there is None or back is None:
         return tile_node(profile)  # the head
-    to_bps, from_bps = (statistics.median(x.bandwidth_bps for x in link.samples) for link in (there, back))
+    # The fastest reading: on busy processors acknowledgements are read late, and all else is added for every message.
+    to_bps, from_bps = (max(x.bandwidth_bps for x in link.samples) for link in (there, back))
     return tile_node(profile, to_bps, from_bps, there.rtt_s)
 
 

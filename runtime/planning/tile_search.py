@@ -8,7 +8,7 @@ tiles.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,22 +17,19 @@ from numpy.typing import NDArray
 from runtime.errors import PlanError
 from runtime.planning.tiles import Floats, TileCost, TileLinks, TileNode, cost_tiles, op_seconds
 from runtime.planning.tiling import (
-    Interval,
     crossing,
-    cut_axis,
     find_sizes,
     find_spans,
-    read_interval,
-    scale_lines,
 )
 from runtime.types import GraphSpec, SpatialOp, TileSpan, ValueSpec, Window
 
 Ints = NDArray[np.int64]
 
-Bands = tuple[Interval, ...]
-"""Ranges of one map along one axis, one per row or column of tiles."""
+Bands = tuple[Ints, Ints]
+"""First and end positions of ranges of one map along one axis: those of all cut positions that are looked at."""
 
-Lengths = tuple[int, ...]
+Lines = tuple[int, ...]
+"""Cut positions along one axis, the ends included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +39,8 @@ class _Step:
     name: str  # of what the last of them makes
     reads: tuple[str, ...]
     windows: tuple[Window | None, Window | None]  # along rows and columns; None: position by position
-    fixed_s: list[float]  # by node: seconds that no tile is spared
-    each_s: list[float]  # by node: seconds per position
+    fixed_s: Floats  # by node: seconds that no tile is spared
+    each_s: Floats  # by node: seconds per position
 
 
 PATIENCE = 8
@@ -168,12 +165,12 @@ class TileSearch:
         for index, op in enumerate(ops):
             area, own = op.size[0] * op.size[1], [seconds[index] for seconds in by_node]
             rows, cols = (None if window == Window() else window for window in op.windows)
-            step = _Step(op.name, op.reads, (rows, cols), [s for s, _ in own], [s / area for _, s in own])
+            fixed_s, each_s = np.array([s for s, _ in own]), np.array([s / area for _, s in own])
+            step = _Step(op.name, op.reads, (rows, cols), fixed_s, each_s)
             before = steps[-1] if steps else None
             is_follower = before is not None and op.reads == (before.name,) and rows is None and cols is None
             if before is not None and is_follower and num_readers[before.name] == 1 and self._is_inner(before, op):
-                fixed_s = [a + b for a, b in zip(before.fixed_s, step.fixed_s, strict=True)]
-                each_s = [a + b for a, b in zip(before.each_s, step.each_s, strict=True)]
+                fixed_s, each_s = before.fixed_s + fixed_s, before.each_s + each_s
                 steps[-1] = _Step(op.name, before.reads, before.windows, fixed_s, each_s)
             else:
                 steps.append(step)
@@ -192,10 +189,23 @@ class TileSearch:
             stop: where it stops.
             before_s: seconds of what runs before each start.
         """
+        if not self.grids:
+            return None
         end = _End(self, first, stop)
+        sweeps = [_Sweep(end, grid) for grid in self.grids]
+        tally = _Tally(end, sweeps)
+        for sweep in sweeps:
+            sweep.find_places(tally)
+        start = stop
+        while start > first and any(sweep.is_open for sweep in sweeps):
+            start -= 1
+            tally.take_in(start)
+            for sweep in sweeps:
+                if sweep.is_open:
+                    sweep.look(start, tally)
         best: tuple[float, TileSpan] | None = None
-        for grid in self.grids:
-            found = _Sweep(end, grid).best(before_s)
+        for sweep in sweeps:
+            found = sweep.best(before_s)
             if found is not None and (best is None or found[0] < best[0]):
                 best = found
         return best
@@ -211,8 +221,7 @@ class _End:
         self.crossing = crossing(search.graph, first, stop)
         self.size = search.sizes[search.graph.layers[stop - 1].outputs[-1]]
         self.sent_bytes, self.back_bytes = self._whole_bytes()
-        self.alone_s = _sums_to_end(search.nodes[0].layer_s[first:stop])
-        self._walks: dict[tuple[int, tuple[int, ...]], _Walk] = {}
+        self.alone_s: list[float] = _sums_to_end(search.nodes[0].layer_s[first:stop]).tolist()
 
     def _whole_bytes(self) -> tuple[Floats, Floats]:
         """Bytes of each start's inputs and outputs, uncut."""
@@ -226,106 +235,102 @@ class _End:
             back[: value.producer + 1 - first] += value.tensor.nbytes
         return sent, back
 
-    def walk(self, axis: int, lines: tuple[int, ...]) -> "_Walk":
-        """The walk back along one axis from these cut positions; the same one for every grid that has them."""
-        known = self._walks.get((axis, lines))
-        if known is None:
-            known = self._walks[axis, lines] = _Walk(self, axis, lines)
-        return known
-
 
 class _Walk:
-    """Lengths of all ranges along one axis, for cut positions at the end: worked out layer by layer, as far as asked."""
+    """Ranges along one axis for many cut positions at the end at once, layer by layer towards the start."""
 
-    def __init__(self, end: _End, axis: int, lines: tuple[int, ...]) -> None:
+    def __init__(self, end: _End, axis: int, cuts: Iterable[Lines]) -> None:
         self._search, self._axis = end.search, axis
-        self._layer = end.stop
         self._need: dict[str, Bands] = {}
+        self._scaled: dict[int, tuple[Bands, NDArray[np.bool_]]] = {}  # by length of a map
         self.cuts: dict[str, Bands] = {}
-        self.legal_from = end.first  # first start for which the lines cut every value that crosses
+        known = list(dict.fromkeys(cuts))
+        counts = np.array([len(lines) - 1 for lines in known])
+        first = np.concatenate([[0], counts[:-1].cumsum()])  # of each cut's ranges
+        low = np.array([line for lines in known for line in lines[:-1]], dtype=np.int64)
+        high = np.array([line for lines in known for line in lines[1:]], dtype=np.int64)
+        length = end.size[axis]
+        legal_from = np.full(len(known), end.first)
         for value in end.crossing:
-            scaled = scale_lines(lines[1:-1], lines[-1], value.tensor.shape[2 + axis])
-            self.cuts[value.name] = cuts = cut_axis(scaled, value.tensor.shape[2 + axis])
-            if any(low >= high for low, high in cuts):
-                self.legal_from = max(self.legal_from, value.producer + 1)
-        self.made: list[list[Lengths]] = []  # per layer from the end: of each operation, the last first
-        self.read: list[dict[str, Bands]] = []  # per layer from the end: what a span that starts there is given
+            own = value.tensor.shape[2 + axis]
+            if own not in self._scaled:  # as `scale_lines` has it
+                bands = ((2 * low * own + length) // (2 * length), (2 * high * own + length) // (2 * length))
+                self._scaled[own] = bands, np.logical_or.reduceat(bands[0] >= bands[1], first)
+            self.cuts[value.name], meets = self._scaled[own]
+            legal_from = np.where(meets, np.maximum(legal_from, value.producer + 1), legal_from)
+        self.place = dict(zip(known, first.tolist(), strict=True))  # where the ranges of each cut begin
+        self.legal_from = dict(zip(known, legal_from.tolist(), strict=True))
+        """By cut: the first start for which it cuts every value that crosses."""
 
-    def reach(self, depth: int) -> None:
-        """Go on until `depth` layers from the end are done."""
-        while len(self.made) < depth:
-            self._layer -= 1
-            made = []
-            for step in self._search.steps(self._layer):
-                bands = self._need.pop(step.name, None)
-                if step.name in self.cuts:
-                    bands = _join_bands(bands, self.cuts[step.name])
-                assert bands is not None, f"nobody reads {step.name}"
-                made.append(tuple(high - low for low, high in bands))
-                self._note_reads(step, bands)
-            self.made.append(made)
-            self.read.append(self._need.copy())
-
-    def _note_reads(self, step: _Step, made: Bands) -> None:
-        window = step.windows[self._axis]
+    def step(self, step: _Step) -> Ints:
+        """Go over one step; return the lengths of what it makes."""
+        bands = self._need.pop(step.name, None)
+        if step.name in self.cuts:
+            bands = _join_bands(bands, self.cuts[step.name])
+        assert bands is not None, f"nobody reads {step.name}"
         for name in step.reads:
-            length = self._search.sizes[name][self._axis]
-            if window is not None:
-                bands: Bands = tuple(read_interval(window, interval, length)[0] for interval in made)
-            else:
-                bands = made if length > 1 else ((0, 1),) * len(made)
-            self._need[name] = _join_bands(self._need.get(name), bands)
+            self._need[name] = _join_bands(self._need.get(name), self._read(name, step.windows[self._axis], bands))
+        return bands[1] - bands[0]
+
+    def _read(self, name: str, window: Window | None, made: Bands) -> Bands:
+        length = self._search.sizes[name][self._axis]
+        if window is not None:  # as `read_interval` has it
+            low = made[0] * window.stride - window.padding
+            high = (made[1] - 1) * window.stride - window.padding + window.extent
+            return np.maximum(low, 0), np.minimum(high, length)
+        return made if length > 1 else (np.zeros_like(made[0]), np.ones_like(made[1]))
+
+    def given(self) -> dict[str, Ints]:
+        """Lengths of what a span that starts here is given, by name."""
+        return {name: high - low for name, (low, high) in self._need.items()}
 
 
 def _join_bands(first: Bands | None, second: Bands) -> Bands:
-    if first is None or first == second:
+    if first is None:
         return second
-    return tuple((min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(first, second, strict=True))
-
-
-def _add_areas(totals: list[int], rows: Bands, cols: Bands, each: int) -> list[int]:
-    """Add the area of every tile, times a number, to what is there."""
-    lengths = [high - low for low, high in cols]
-    areas = [(high - low) * length for low, high in rows for length in lengths]
-    return [total + area * each for total, area in zip(totals, areas, strict=True)]
+    return np.minimum(first[0], second[0]), np.maximum(first[1], second[1])
 
 
 class _Tally:
-    """Seconds of computing of all spans with the same cut positions, from the end to wherever one starts."""
+    """What the tiles of all cuts compute and are sent in the spans that stop at one layer and start at another."""
 
-    def __init__(self, end: _End, rows: _Walk, cols: _Walk, num_tiles: int) -> None:
-        self.rows, self.cols = rows, cols
+    def __init__(self, end: _End, sweeps: Sequence["_Sweep"]) -> None:
         self._end = end
-        self._compute: list[list[float]] = []  # per depth: by tile
-        self._now = [0.0] * num_tiles
+        self.rows = _Walk(end, 0, (lines[0] for sweep in sweeps for lines in sweep.lines))
+        self.cols = _Walk(end, 1, (lines[1] for sweep in sweeps for lines in sweep.lines))
+        self.place: dict[tuple[Lines, Lines], int] = {}  # where the tiles of each grid begin
+        rows: list[int] = []
+        cols: list[int] = []
+        nodes: list[int] = []
+        for pair in dict.fromkeys(lines for sweep in sweeps for lines in sweep.lines):
+            self.place[pair] = len(rows)
+            num_rows, num_cols = len(pair[0]) - 1, len(pair[1]) - 1
+            rows += [self.rows.place[pair[0]] + row for row in range(num_rows) for _ in range(num_cols)]
+            cols += [self.cols.place[pair[1]] + col for _ in range(num_rows) for col in range(num_cols)]
+            nodes += range(num_rows * num_cols)
+        self._row, self._col, self._node = (np.array(each, dtype=np.intp) for each in (rows, cols, nodes))
+        self._crosses = (self._node > 0).astype(np.float64)  # the head's own tile crosses no link
+        self._compute_s, self._back = np.zeros(len(rows)), np.zeros(len(rows))
+        self.compute_s: list[float] = []  # by tile, from the start that was taken in last
+        self.sent_bytes: list[float] = []
+        self.back_bytes: list[float] = []
 
-    def compute_s(self, depth: int) -> list[float]:
-        """Seconds per tile of the last `depth` layers."""
-        self.rows.reach(depth)
-        self.cols.reach(depth)
-        while len(self._compute) < depth:
-            at = len(self._compute)
-            steps = self._end.search.steps(self._end.stop - 1 - at)
-            now = self._now
-            for rows, cols, step in zip(self.rows.made[at], self.cols.made[at], steps, strict=True):
-                areas = [row * col for row in rows for col in cols]
-                # Fewer tiles than nodes: the last ones do nothing.
-                now = [
-                    s + fixed + area * each
-                    for s, fixed, area, each in zip(now, step.fixed_s, areas, step.each_s, strict=False)
-                ]
-            self._now = now
-            self._compute.append(now)
-        return self._compute[depth - 1]
-
-    def sent_bytes(self, depth: int) -> list[int]:
-        """Bytes that each tile of a span of so many layers is given; the head's own crosses no link."""
-        map_bytes, cols_of = self._end.search.map_bytes, self.cols.read[depth - 1]
-        sent = [0] * len(self._now)
-        for name, rows in self.rows.read[depth - 1].items():
-            sent = _add_areas(sent, rows, cols_of[name], map_bytes[name])
-        sent[0] = 0
-        return sent
+    def take_in(self, layer: int) -> None:
+        """Let the spans start one layer earlier."""
+        search = self._end.search
+        for step in search.steps(layer):
+            areas = self.rows.step(step).take(self._row) * self.cols.step(step).take(self._col)
+            self._compute_s = self._compute_s + step.fixed_s.take(self._node) + areas * step.each_s.take(self._node)
+        for value in self._end.crossing:
+            if value.producer == layer:
+                (top, bottom), (left, right) = self.rows.cuts[value.name], self.cols.cuts[value.name]
+                areas = (bottom - top).take(self._row) * (right - left).take(self._col)
+                self._back = self._back + areas * search.map_bytes[value.name]
+        sent, cols = np.zeros(len(self._row)), self.cols.given()
+        for name, rows in self.rows.given().items():
+            sent += rows.take(self._row) * cols[name].take(self._col) * search.map_bytes[name]
+        self.compute_s, self.back_bytes = self._compute_s.tolist(), self._back.tolist()
+        self.sent_bytes = (sent * self._crosses).tolist()
 
 
 class _Sweep:
@@ -336,51 +341,54 @@ class _Sweep:
         self._num_tiles = grid[0] * grid[1]
         self._links = end.search.links[self._num_tiles]
         shares = self._shares().reshape(-1, *grid)
-        self._is_legal = np.asarray(np.isfinite(shares).all(axis=(1, 2)))
+        self._is_legal: list[bool] = np.asarray(np.isfinite(shares).all(axis=(1, 2))).tolist()
         shares = np.nan_to_num(shares, nan=1.0 / self._num_tiles)
         lines = (_lines(shares.sum(2), end.size[0]), _lines(shares.sum(1), end.size[1]))
-        self._lines = [(tuple(rows), tuple(cols)) for rows, cols in zip(*(x.tolist() for x in lines), strict=True)]
+        self.lines = [(tuple(rows), tuple(cols)) for rows, cols in zip(*(x.tolist() for x in lines), strict=True)]
+        self.is_open = True
+        self._places: list[tuple[int, int]] = []  # by start: first tile in the tally, first legal start of the lines
+        self._best_s, self._best_start = 0.0, end.stop
+        self._starts: list[int] = []
+        self._compute: list[list[float]] = []
+        self._sent: list[list[float]] = []
+        self._back: list[list[float]] = []
+
+    def find_places(self, tally: _Tally) -> None:
+        """Note where the tiles of every start are in the tally."""
+        found = {}
+        for lines in dict.fromkeys(self.lines):
+            legal_from = max(tally.rows.legal_from[lines[0]], tally.cols.legal_from[lines[1]])
+            found[lines] = (tally.place[lines], legal_from)
+        self._places = [found[lines] for lines in self.lines]
+
+    def look(self, start: int, tally: _Tally) -> None:
+        """Note what the span from a start costs; close where earlier ones cannot be better."""
+        end = self._end
+        place, legal_from = self._places[start - end.first]
+        if not self._is_legal[start - end.first] or start < legal_from:
+            self._best_start = start  # lines that meet: the times say nothing
+            return
+        own = slice(place, place + self._num_tiles)
+        self._starts.append(start)
+        self._compute.append(tally.compute_s[own])
+        self._sent.append(tally.sent_bytes[own])
+        self._back.append(tally.back_bytes[own])
+        gain_s = end.alone_s[start - end.first] - max(self._compute[-1])
+        if gain_s > self._best_s:
+            self._best_s, self._best_start = gain_s, start
+        elif self._best_start - start > PATIENCE:
+            self.is_open = False
 
     def best(self, before_s: Sequence[float]) -> tuple[float, TileSpan] | None:
         """The quickest, what runs before it included; None where the grid fits none."""
-        end = self._end
-        tallies: dict[tuple[Lengths, Lengths], _Tally] = {}
-        compute, sent, back, starts = [], [], [], []
-        best_s, best_start = 0.0, end.stop
-        for start in range(end.stop - 1, end.first - 1, -1):
-            lines, depth = self._lines[start - end.first], end.stop - start
-            tally = tallies.get(lines)
-            if tally is None:
-                tally = tallies[lines] = _Tally(end, end.walk(0, lines[0]), end.walk(1, lines[1]), self._num_tiles)
-            is_legal = self._is_legal[start - end.first]
-            if not is_legal or start < tally.rows.legal_from or start < tally.cols.legal_from:
-                best_start = start  # lines that meet: the times say nothing
-                continue
-            seconds = tally.compute_s(depth)
-            starts.append(start)
-            compute.append(seconds)
-            sent.append(tally.sent_bytes(depth))
-            back.append(self._back_bytes(tally, start))
-            gain_s = end.alone_s[start - end.first] - max(seconds)
-            if gain_s > best_s:
-                best_s, best_start = gain_s, start
-            elif best_start - start > PATIENCE:
-                break
+        starts, first = self._starts, self._end.first
         if not starts:
             return None
-        scatter, gather = self._links.times(np.array(sent, float), np.array(back, float))
-        total = (scatter + np.array(compute) + gather).max(axis=1) + [before_s[start - end.first] for start in starts]
+        scatter, gather = self._links.times(np.array(self._sent), np.array(self._back))
+        total = (scatter + np.array(self._compute) + gather).max(axis=1) + [before_s[start - first] for start in starts]
         pick = len(starts) - 1 - int(np.argmin(total[::-1]))  # of equal ones the longest
-        rows, cols = (own[1:-1] for own in self._lines[starts[pick] - end.first])
-        return float(total[pick]), TileSpan(starts[pick], end.stop, rows, cols)
-
-    def _back_bytes(self, tally: _Tally, start: int) -> list[int]:
-        back = [0] * self._num_tiles
-        for value in self._end.crossing:
-            if start <= value.producer:
-                rows, cols = tally.rows.cuts[value.name], tally.cols.cuts[value.name]
-                back = _add_areas(back, rows, cols, self._end.search.map_bytes[value.name])
-        return back
+        rows, cols = (own[1:-1] for own in self.lines[starts[pick] - first])
+        return float(total[pick]), TileSpan(starts[pick], self._end.stop, rows, cols)
 
     def _shares(self) -> Floats:
         """Share of the span that each node should take, so that all are done at the same time: (starts, tiles).
