@@ -59,10 +59,10 @@ class TrainConfig:
     held_out: tuple[str, ...] = HELD_OUT
     """Models that evaluation shows besides, and that nothing is learnt or chosen on."""
 
-    random_models: int = 16
+    random_models: int = 24
     """Made-up models besides."""
 
-    per_model: int = 4
+    per_model: int = 10
     """Sites of each model and input kind, with machines of their own."""
 
     input_kinds: tuple[str, ...] = ("encoded",)
@@ -85,7 +85,7 @@ class TrainConfig:
     """Steps of an episode."""
 
     # --- what it learns before it explores (agent/train/rehearse.py)
-    rehearsal: int = 250_000
+    rehearsal: int = 400_000
     """Decisions whose outcomes are looked up in the twin before the steps of PPO; 0: PPO begins as the planner."""
 
     rehearsal_steps: int = 64
