@@ -33,8 +33,8 @@ class Completed:
 
 def pick_episode(seed: Sequence[int], num_sites: int, num_scenarios: int) -> tuple[int, int]:
     """Draw an episode's site and scenario."""
-    pick = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PICK,)))
-    return int(pick.integers(num_sites)), int(pick.integers(num_scenarios))
+    site, scenario = np.random.SeedSequence(seed, spawn_key=(_PICK,)).generate_state(2).tolist()
+    return site % num_sites, scenario % num_scenarios
 
 
 class Episodes:
@@ -98,7 +98,7 @@ class Episodes:
         self._number[lanes] += 1
         completed = replace(self.outcomes(lanes[place], number.copy()), lane=place.copy())
         rewards = np.zeros(len(lanes))
-        np.add.at(rewards, place, completed.term)
+        rewards += np.bincount(place, weights=completed.term, minlength=len(lanes))
         return rewards, is_over, completed
 
     def fork(self, lanes: IntArray) -> IntArray:
@@ -151,8 +151,7 @@ class Episodes:
 
     def deadline_s(self, lane: int) -> FloatArray:
         """Deadline of every request of the lane's episode."""
-        numbers = np.arange(self.num_requests)
-        return self._twin.requests(np.full(self.num_requests, lane), numbers)[1]
+        return self._twin.deadline_s(np.array(lane), np.arange(self.num_requests))
 
     def scale_s(self, lane: int) -> float:
         """The best latency of the lane's site on idle nodes at nominal rates."""

@@ -8,25 +8,22 @@ marginal is met by construction and the autocorrelation by the fit of three numb
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from scipy.signal import lfilter
 from scipy.special import ndtr
 
+from env.kernel import layout
+from env.kernel.family import play_alone
+from env.kernel.layout import MAX_SIGMA, PER_SIGMA, make_records
 from env.traces import GRID_S, FloatArray
 
 NUM_QUANTILES = 65
-NUM_LENGTHS = 32
-FLOOR_BPS = 1000.0
-"""Rate of a link in an outage, as the relay of the test bed has it."""
-
-_TURNS = 16
-"""Turns that are drawn at once: most traces need no more."""
+NUM_LENGTHS = layout.LENGTHS
 
 
 @dataclass(frozen=True)
@@ -46,47 +43,13 @@ class Family:
 
     def sample(self, rng: np.random.Generator, count: int, step_s: float = GRID_S) -> FloatArray:
         """Draw a trace of `count` steps of `step_s`."""
-        noise = rng.standard_normal(1 + 2 * count)
-        fast = _ou(noise[1 : 1 + count], step_s, self.fast_s, (1.0 - self.level_var) * self.fast_var)
-        slow = _ou(noise[1 + count :], step_s, self.slow_s, (1.0 - self.level_var) * (1.0 - self.fast_var))
-        values = self.value_at(ndtr(math.sqrt(self.level_var) * noise[0] + fast + slow))
-        if self.out_s:
-            values[self._outages(rng, count, step_s)] = self.out_value
+        values = np.empty(count)
+        play_alone(rng.integers(1, 2**63, size=4, dtype=np.uint64), make_table((self,), step_s), values)
         return values
-
-    def sample_one(self, rng: np.random.Generator) -> float:
-        """Draw one instant of a trace that is never out."""
-        return float(self.value_at(ndtr(rng.standard_normal())))
-
-    def _outages(self, rng: np.random.Generator, count: int, step_s: float) -> npt.NDArray[np.bool_]:
-        """Draw where a trace is out, as if it had begun long ago: long turns are more likely to be under way."""
-        lengths_s, running_s = self._turns
-        which, passed = rng.random(2)
-        first = int(np.searchsorted(running_s, which * running_s[-1]))
-        is_up = first >= NUM_LENGTHS
-        ends_s = np.array([lengths_s[first] * passed])
-        while ends_s[-1] < count * step_s:
-            drawn = rng.integers(NUM_LENGTHS, size=_TURNS)
-            drawn[int(is_up) :: 2] += NUM_LENGTHS  # every other one is up, the first of them if the trace begins out
-            ends_s = np.concatenate([ends_s, ends_s[-1] + np.cumsum(lengths_s[drawn])])
-        turn = np.searchsorted(ends_s, step_s * (np.arange(count) + 0.5))
-        is_out: npt.NDArray[np.bool_] = (turn + is_up) % 2 == 0
-        return is_out
-
-    @cached_property
-    def _turns(self) -> tuple[FloatArray, FloatArray]:
-        """Lengths of outages, then of what lies between, and their running sum."""
-        lengths_s = np.array(self.out_s + self.up_s)
-        return lengths_s, np.cumsum(lengths_s)
 
     def value_at(self, probability: FloatArray) -> FloatArray:
         """Read the quantile function between its steps."""
-        return np.interp(probability, *self._steps)
-
-    @cached_property
-    def _steps(self) -> tuple[FloatArray, FloatArray]:
-        """Probabilities and values of the quantile function's steps."""
-        return np.linspace(0.0, 1.0, len(self.quantiles)), np.array(self.quantiles)
+        return np.interp(probability, np.linspace(0.0, 1.0, len(self.quantiles)), self.quantiles)
 
     @property
     def out_frac(self) -> float:
@@ -100,17 +63,26 @@ class Family:
         return self.out_frac * self.out_value + (1.0 - self.out_frac) * up
 
 
-def _ou(noise: FloatArray, step_s: float, time_s: float, variance: float) -> FloatArray:
-    """Make a stationary Ornstein-Uhlenbeck process from independent standard normals, which it takes."""
-    keep = math.exp(-step_s / time_s)
-    sigma = math.sqrt(variance)
-    noise[0] *= sigma
-    noise[1:] *= sigma * math.sqrt(1.0 - keep * keep)
-    out: FloatArray = lfilter(_ONE, np.array([1.0, -keep]), noise)
-    return out
+def make_table(families: Sequence[Family], step_s: float = GRID_S) -> Any:
+    """Write families as records for compiled functions, for traces of some step."""
+    records = make_records(layout.FAMILY, len(families))
+    sigmas = np.arange(-MAX_SIGMA * PER_SIGMA, MAX_SIGMA * PER_SIGMA + 1) / PER_SIGMA
+    for record, family in zip(records, families, strict=True):
+        record.level_sigma, record.step_s = math.sqrt(family.level_var), step_s
+        within = 1.0 - family.level_var
+        record.fast_sigma = math.sqrt(within * family.fast_var)
+        record.slow_sigma = math.sqrt(within * (1.0 - family.fast_var))
+        record.fast_keep, record.slow_keep = math.exp(-step_s / family.fast_s), math.exp(-step_s / family.slow_s)
+        record.fast_step = record.fast_sigma * math.sqrt(1.0 - record.fast_keep**2)
+        record.slow_step = record.slow_sigma * math.sqrt(1.0 - record.slow_keep**2)
+        record.value[:] = family.value_at(ndtr(sigmas))
+        if family.out_s:
+            record.has_outages, record.out_value = True, family.out_value
+            record.turn_s[:] = family.out_s + family.up_s
+            record.running_s[:] = np.cumsum(record.turn_s)
+    return records
 
 
-_ONE = np.ones(1)
 _TABLE = Path(__file__).with_name("families.json")
 
 

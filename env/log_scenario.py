@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from env.draw import FIRST_S, MAX_STEPS, Streams, draw_background
+from env.draw import FIRST_S, MAX_STEPS, WordArray, draw_background, make_streams
+from env.kernel.draw import OF_PAIRS
+from env.kernel.load import WAIT_OF_LOAD
 from env.logs import Computed, Log
 from env.ranges import Ranges
 from env.site import Site, scale_profile
@@ -24,7 +26,6 @@ from runtime.profiles.record import MeasuredModel
 from runtime.types import DEVICE_NODE, Constraints, ModelProfile
 
 _UTILISATION_MAX = 0.9
-_WAIT_OF_LOAD = 0.64  # as `env.draw` has it: M/G/1, (1 + cv^2) / 2 of the sizes of background requests
 _SPREAD = 0.05
 """Sigma of the log of a node's measured time around k times its profile. Guess."""
 
@@ -97,8 +98,7 @@ class LogScenario:
     def world(self, site: Site, seed: int | Sequence[int], num_requests: int) -> World:
         """Draw an episode's world."""
         log, slots = self.log, site.candidates.costs.layout
-        streams = Streams(seed, len(slots.nodes), 1)
-        rng = streams.of_episode()
+        streams, rng = make_streams(seed), np.random.default_rng(seed)
         from_s = float(rng.uniform(0.0, log.length_s))
         grid_s = from_s + GRID_S * np.arange(MAX_STEPS, dtype=np.float64)
         cloud = site.problem.deployment.cloud
@@ -109,7 +109,7 @@ class LogScenario:
         for slot, name in enumerate(slots.nodes[1:], start=1):
             contention[slot] = np.maximum(self._play(*log.load_factor[name], grid_s, otherwise=1.0), 1.0)
             is_down[slot] = self._play(*log.is_up[name], grid_s, otherwise=1.0) < 0.5
-            background[slot] = self._background(name, grid_s, streams.of_node(slot))
+            background[slot] = self._background(name, grid_s, streams[OF_PAIRS + 2 * slot])
         arrivals_s, rows = self._requests(from_s, num_requests)
         return World(
             rate_bps=rate_bps,
@@ -155,7 +155,7 @@ class LogScenario:
             return np.full(len(grid_s), otherwise)
         return np.interp(grid_s % self.log.length_s, instants_s, values)
 
-    def _background(self, name: str, grid_s: FloatArray, rng: np.random.Generator) -> Background:
+    def _background(self, name: str, grid_s: FloatArray, stream: WordArray) -> Background:
         """Requests of others, as busy and as long as fits what was read."""
         log = self.log
         own_frac = math.fsum(share.seconds for share in log.computed.get(name, ())) / log.length_s
@@ -164,7 +164,7 @@ class LogScenario:
         wait_s = float(waits_s.mean()) if len(waits_s) else 0.0
         if mean <= 0.01 or wait_s <= 0.0:
             return _NO_BACKGROUND
-        return draw_background(rng, utilisation, wait_s * (1.0 - mean) / (_WAIT_OF_LOAD * mean))
+        return draw_background(stream, utilisation, wait_s * (1.0 - mean) / (WAIT_OF_LOAD * mean))
 
     def _requests(self, from_s: float, count: int) -> tuple[FloatArray, IntArray]:
         """Arrivals from an instant of the log on, and which of its requests they are."""

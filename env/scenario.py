@@ -1,8 +1,7 @@
 """Scenarios: what may happen around a site. One kind and one seed give one world, whatever is decided in it.
 
-Random streams are numpy generators whose seeds are spawned by (what, number); a client's draws have one row per request,
-so request n of client c meets the same bytes, deadline and noise however many requests there are and whatever is
-decided.
+Links, nodes and clients have a random stream each, and a client's requests follow one another in theirs, so request n of
+client c meets the same bytes, deadline and noise however many requests there are and whatever is decided.
 """
 
 from collections.abc import Sequence
@@ -13,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from env.draw import SCENARIOS, draw_world
-from env.families import load_families
+from env.draw import MAX_STEPS, SCENARIOS, draw_world
+from env.kernel.layout import EDGES, NODES
 from env.site import Site
 from env.traces import FloatArray, on_grid, read_loads, read_networks, trace_files
 from env.world import World
@@ -50,18 +49,7 @@ class SyntheticScenario:
 
     def world(self, site: Site, seed: int | Sequence[int], num_requests: int) -> World:
         """Draw an episode's world."""
-        return draw_world(self.kind, site, seed, num_requests, self._bandwidth, self._load)
-
-    @staticmethod
-    def _bandwidth(rng: np.random.Generator, site: Site, count: int) -> FloatArray:
-        names = site.ranges.families
-        return load_families()[names[int(rng.integers(len(names)))]].sample(rng, count)
-
-    @staticmethod
-    def _load(rng: np.random.Generator, count: int) -> FloatArray:
-        level = load_families()["servegen"].sample_one(rng)
-        values: FloatArray = level * load_families()["azurellm2023"].sample(rng, count)
-        return values
+        return draw_world(self.kind, site, seed, num_requests)
 
 
 @dataclass(frozen=True)
@@ -92,17 +80,18 @@ class TraceScenario:
 
     def world(self, site: Site, seed: int | Sequence[int], num_requests: int) -> World:
         """Draw an episode's world."""
-        return draw_world(self.kind, site, seed, num_requests, self._bandwidth, self._load)
+        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_RECORDED,)))
+        networks, loads = _networks(self._files[0]), _loads(self._files[1])
+        rates_bps = np.stack([_play(networks, rng) for _ in range(EDGES)])
+        if not loads:
+            return draw_world(self.kind, site, seed, num_requests, rates_bps)
+        values = np.stack([_play(loads, rng) for _ in range(NODES)])
+        values /= np.maximum(values.mean(axis=1, keepdims=True), 1e-9)
+        return draw_world(self.kind, site, seed, num_requests, rates_bps, values)
 
-    def _bandwidth(self, rng: np.random.Generator, site: Site, count: int) -> FloatArray:
-        del site
-        return _play(_networks(self._files[0]), rng, count)
 
-    def _load(self, rng: np.random.Generator, count: int) -> FloatArray:
-        if not self._files[1]:
-            return SyntheticScenario._load(rng, count)
-        values = _play(_loads(self._files[1]), rng, count)
-        return values / max(float(values.mean()), 1e-9)
+_RECORDED = 1
+"""Of the seeds: the one that picks recorded traces."""
 
 
 @lru_cache(maxsize=8)
@@ -116,9 +105,9 @@ def _loads(files: tuple[Path, ...]) -> list[_Recorded]:
     return [(np.array(one.starts_s), np.array(one.values), one.period_s) for one in read_loads(files)]
 
 
-def _play(recorded: list[_Recorded], rng: np.random.Generator, count: int) -> FloatArray:
+def _play(recorded: list[_Recorded], rng: np.random.Generator) -> FloatArray:
     starts_s, values, period_s = recorded[int(rng.integers(len(recorded)))]
-    return on_grid(starts_s, values, period_s, rng.uniform(0.0, period_s), count)
+    return on_grid(starts_s, values, period_s, rng.uniform(0.0, period_s), MAX_STEPS)
 
 
 def _check_kind(kind: str) -> None:

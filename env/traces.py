@@ -16,6 +16,9 @@ FloatArray = npt.NDArray[np.float64]
 GRID_S = 0.2
 """Step of the grid on which every world holds rates, round trips and contention."""
 
+FLOOR_BPS = 1000.0
+"""Rate of a link in an outage, as the relay of the test bed has it."""
+
 VALIDATION_FRAC = 0.2
 """Share of the trace files that are kept from training."""
 

@@ -193,6 +193,32 @@ def test_names_that_are_nothing_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+def test_the_command_plays_on_the_real_runtime(tmp_path):
+    run_compare(
+        CompareConfig(
+            policies=("loadpart", "planner"),
+            scenarios=("static",),
+            models=("torchvision:squeezenet1_1",),
+            backend="live",
+            per_model=1,
+            episodes=1,
+            num_requests=4,
+            resamples=20,
+            out=tmp_path,
+        )
+    )
+    with (tmp_path / "episodes.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["policy"], line["scenario"]) for line in lines] == [("loadpart", "static"), ("planner", "static")]
+    latency_s = np.load(tmp_path / "latencies.npz")["latency_s"]
+    assert latency_s.shape == (2, 4)
+    assert (latency_s > 0.0).all()
+    assert "(live)" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
 def test_the_command_writes_everything(tmp_path, checkpoint):
     sizes = {"episodes": 2, "num_requests": 6, "per_model": 1, "resamples": 20, "workers": 1}
     run_compare(

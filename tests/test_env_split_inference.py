@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.error import ClosedEnvironmentError, InvalidAction, ResetNeeded
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 import env
 from env.catalogue import make_sites
@@ -32,11 +33,12 @@ def make(**kwargs):
     return SplitInferenceEnv(sites=SITES, num_requests=12, **kwargs)
 
 
-def test_env_obeys_gymnasium_with_warnings_as_errors():
+def test_env_obeys_gymnasium_and_stable_baselines_with_warnings_as_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made = gymnasium.make("offcut/SplitInference-v0", models=["random:2"], num_requests=12)
         check_env(made.unwrapped)
+        check_env_sb3(made.unwrapped)
 
 
 def test_import_is_light():

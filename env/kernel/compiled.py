@@ -26,7 +26,10 @@ def constants(count: int) -> tuple[int, ...]:
 (ZERO,) = constants(1)
 
 
-_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_ALL: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
+"""Nothing allocates, so no references are counted: that takes two atomic operations per array in every call."""
+
+_INNER = _ALL | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """Never called from Python or C, so numba need not make them callable; its types do not know these options."""
 
 
@@ -35,13 +38,19 @@ def compiled(function: Function) -> Function:
     return cast(Function, numba.njit(function, **_INNER))
 
 
+@compiled
+def wide(number: int) -> int:
+    """Widen a number that is kept in few bytes: for each width numba compiles what takes it once more."""
+    return int(np.int64(number))
+
+
 def entry(function: Function) -> Function:
     """Compile a function that is called from Python, and keep the machine code on disk for the next process."""
     settings: Any = numba.config
     before = settings.CACHE_LOCATOR_CLASSES
     settings.CACHE_LOCATOR_CLASSES = before or f"{__name__}.{ByContent.__name__},UserWideCacheLocator"
     try:
-        return cast(Function, numba.njit(function, cache=True, error_model="numpy"))
+        return cast(Function, numba.njit(function, cache=True, **_ALL))
     finally:
         settings.CACHE_LOCATOR_CLASSES = before
 
@@ -83,7 +92,12 @@ def _cache_folder() -> str:
     here = Path(__file__).parent
     planning = here.parent.parent / "runtime" / "planning"
     names = ("arrays.py", "candidates.py", "cost.py", "estimators.py", "features.py")  # their constants are compiled in
-    sources = [*sorted(here.glob("*.py")), here.parent / "traces.py", *(planning / name for name in names)]
+    sources = [
+        *sorted(here.glob("*.py")),
+        here.parent / "traces.py",
+        here.parent / "world.py",
+        *(planning / name for name in names),
+    ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return str(base / "offcut" / f"kernel-{digest}")

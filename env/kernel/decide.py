@@ -1,41 +1,56 @@
 """What a device knows when a request comes, and what the planner makes of it.
 
-`read_state` writes what `runtime.planning.arrays.StateArrays` holds; `weigh` is `tuned_arrays` and `predict` of
-`runtime.planning` for one lane, whose plans differ from the next lane's. A test holds the two equal.
+`read_state` writes what `runtime.planning.arrays.StateArrays` holds; `glance` and `weigh` are `tuned_arrays` and `predict`
+of `runtime.planning` for one lane, whose plans differ from the next lane's, without a state in between. A test holds the
+two equal.
 """
 
 import math
 
-from env.kernel.compiled import compiled
+from env.kernel.compiled import ZERO, compiled, wide
 from env.kernel.layout import (
     ARRIVES,
+    BPS,
     DEADLINE,
     INPUT,
+    LINKS,
+    LOG_MEAN,
+    LOG_SUM,
+    MEASURED,
     METER,
     NODES,
-    ROWS,
     SAMPLES,
     SHOWN_LINKS,
+    WEIGHT,
     Lane,
     Plans,
     State,
+    View,
     World,
 )
-from env.kernel.links import LINK_QUEUE, hop_bytes, rtt_at, server_of
+from env.kernel.links import LAST_SAMPLE, LINK_QUEUE, SAMPLE_RATE, hop_bytes, rtt_at, server_of, sum_samples
+from runtime.planning.candidates import NUM_CANDIDATES
 from runtime.planning.cost import PARTS
 from runtime.planning.estimators import MIN_BANDWIDTH_BPS, NOMINAL_BANDWIDTH_BPS, NOMINAL_RTT_S, TunedSettings
 
 NEVER_S = 1e9
 _TUNED = TunedSettings()
-_RATE = -1.0 / _TUNED.bandwidth_time_s
 _MEAN_WEIGHT = _TUNED.mean_weight
 _STALE_S = _TUNED.stale_after_s
 _LOAD_RATE = -1.0 / _TUNED.load_time_s
+_LOG_MIN_BPS = math.log(MIN_BANDWIDTH_BPS)
 _ARRIVALS = 8
-_TRANSFERS = PARTS.index("uplink")  # and the three after it
-_ROUND_TRIPS, _CODEC, _MESSAGES = PARTS.index("round_trips"), PARTS.index("codec"), PARTS.index("messages")
-_WAIT_DEVICE, _WAIT_UPLINK = PARTS.index("wait_device"), PARTS.index("wait_uplink")
-_WAIT_BACKBONE, _WAIT_NODES = PARTS.index("wait_backbone"), PARTS.index("wait_nodes")
+
+_ORDER = (
+    "device", "edge", "cloud", "uplink", "backbone_up", "backbone_down", "downlink", "round_trips", "codec",
+    "wait_device", "wait_uplink", "wait_backbone", "wait_nodes", "messages",
+)  # fmt: skip
+assert PARTS == _ORDER, f"`predict` gives the parts {_ORDER}, planning has {PARTS}"
+
+Parts = tuple[float, float, float, float, float, float, float, float, float, float, float, float, float, float]
+"""A predicted latency part by part, in seconds."""
+
+# --- what a rule is told ----------------------------------------------------------------------------------------------
 
 
 @compiled
@@ -57,11 +72,9 @@ def read_state(w: World, r: Plans, s: Lane, out: State, client: int) -> None:
     out.load_factor[0], out.queue_delay_s[0], out.queue_length[0] = 1.0, 0.0, 0.0
     out.utilisation_frac[0], out.node_age_s[0] = math.nan, 0.0
     out.device_backlog_s = device_backlog_s(r, s, client)
-    first = max(number + 1 - _ARRIVALS, 0)
-    span_s = w.requests[client, ARRIVES, number] - w.requests[client, ARRIVES, first]
-    out.request_rate_hz = (number - first) / span_s if span_s > 0.0 else math.nan
-    out.input_bytes = w.requests[client, INPUT, number]
-    out.deadline_s = w.requests[client, DEADLINE, number]
+    out.request_rate_hz = request_rate_hz(w, client, number)
+    out.input_bytes = w.requests[client, number, INPUT]
+    out.deadline_s = w.requests[client, number, DEADLINE]
     count = s.error_count[client]
     for back in range(SAMPLES):
         out.recent_errors[back] = s.errors[client, (count - 1 - back) % SAMPLES] if back < count else math.nan
@@ -71,21 +84,17 @@ def read_state(w: World, r: Plans, s: Lane, out: State, client: int) -> None:
 @compiled
 def _read_link(w: World, r: Plans, s: Lane, out: State, client: int, link: int) -> None:
     """Own links as of now, the others as their sender last told."""
-    now_s, source = s.now_s, r.link_source[link]
+    now_s, source = s.now_s, wide(r.link_source[link])
     server = server_of(r, client, link)
     told_s = now_s if source == 0 else s.heard_s[client, source]
-    count = s.meter_count[server]
-    skip = 0
-    while skip < min(count, METER) and s.meter_s[server, (count - 1 - skip) % METER] > told_s:
-        skip += 1
-    known = min(count - skip, METER - skip, SAMPLES) if told_s > -math.inf else 0
+    newest = newest_told(w, s, server, told_s)
+    known = num_told(s, server, newest)
     for at in range(SAMPLES):
-        k = (count - 1 - skip - min(at, max(known - 1, 0))) % METER
-        out.bandwidth_bps[link, at] = s.meter_bps[server, k] if known > 0 else math.nan
-        out.log_bps[link, at] = s.meter_log_bps[server, k]
-        out.sample_age_s[link, at] = now_s - s.meter_s[server, k] if at < known else NEVER_S
-    newest = (count - 1 - skip) % METER
-    out.mean_bandwidth_bps[link] = math.exp(s.meter_log_mean[server, newest]) if known > 0 else math.nan
+        k = (newest - min(at, max(known - 1, 0))) & LAST_SAMPLE
+        out.bandwidth_bps[link, at] = w.meter[server, k, BPS] if known > 0 else math.nan
+        out.sample_age_s[link, at] = now_s - w.meter[server, k, MEASURED] if at < known else NEVER_S
+    log_mean = w.meter[server, newest & LAST_SAMPLE, LOG_MEAN]
+    out.mean_bandwidth_bps[link] = math.exp(log_mean) if known > 0 else math.nan
     out.rtt_s[link] = rtt_at(w, r, client, link, max(told_s, 0.0)) if told_s > -math.inf else math.nan
     out.backlog_bytes[link] = 0.0
     out.rate_cap_bps[link] = math.inf
@@ -100,6 +109,31 @@ def _read_link(w: World, r: Plans, s: Lane, out: State, client: int, link: int) 
             out.backlog_bytes[link] += hop_bytes(w, r, s, slot)
     if source == 0:
         out.uplink_backlog_bytes += out.backlog_bytes[link]
+
+
+@compiled
+def request_rate_hz(w: World, client: int, number: int) -> float:
+    """Rate of a client's last arrivals, NaN when there was one."""
+    first = max(number + 1 - _ARRIVALS, 0)
+    span_s = w.requests[client, number, ARRIVES] - w.requests[client, first, ARRIVES]
+    return float((number - first) / span_s) if span_s > 0.0 else math.nan
+
+
+@compiled
+def newest_told(w: World, s: Lane, server: int, told_s: float) -> int:
+    """Number of a link's newest sample by the instant at which its sender last told, -1 for none that is kept."""
+    count = s.meter_count[server]
+    newest = count - 1
+    while newest >= max(count - METER, 0) and w.meter[server, newest & LAST_SAMPLE, MEASURED] > told_s:
+        newest -= 1
+    return int(newest)
+
+
+@compiled
+def num_told(s: Lane, server: int, newest: int) -> int:
+    """How many samples from that one back are kept, of those that estimators take."""
+    oldest = max(s.meter_count[server] - METER, 0)
+    return int(max(min(newest + 1 - oldest, SAMPLES), 0))
 
 
 @compiled
@@ -124,130 +158,167 @@ def remainder_s(r: Plans, s: Lane, slot: int) -> float:
     return float(max(r.local_s - own, 0.0))
 
 
-@compiled
-def weigh(r: Plans, x: State) -> int:
-    """Predict every plan's latency from a state, under the tuned estimators; gives the planner's choice."""
-    believe(r, x)
-    best, best_down, best_s = 0, NODES + 1, math.inf
-    for row in range(ROWS):
-        if r.padding[row] == 1:
-            x.total_s[row] = math.inf
-            continue
-        x.total_s[row] = total = predict(r, x, row)
-        if r.padding[row] == 2:
-            continue
-        down = nodes_down(r, x, row)
-        if down < best_down or (down == best_down and total < best_s):
-            best, best_down, best_s = row, down, total
-    return best
+# --- what the planner makes of it -------------------------------------------------------------------------------------
 
 
 @compiled
-def nodes_down(r: Plans, x: State, row: int) -> int:
-    """How many of the nodes that a plan needs are down."""
-    down = 0
+def glance(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
+    """Work out what the tuned estimators believe of links and nodes as a client's next request comes."""
+    for shown in range(SHOWN_LINKS):  # no plan here takes another
+        if r.shown_link[shown] >= 0:
+            _glance_link(w, r, s, v, client, wide(r.shown_link[shown]))
+    for shown in range(SHOWN_LINKS):
+        if r.shown_link[shown] >= 0:
+            _complete(r, v, wide(r.shown_link[shown]))
+    _glance_backlogs(w, r, s, v, client)
+    v.down = ZERO
     for node in range(r.num_nodes):
-        if r.needs[row, node] > 0.0 and not x.is_up[node]:
-            down += 1
+        known_k, known_q, decay = s.known_k[client, node], s.known_q_s[client, node], 1.0
+        age_s = s.now_s - s.heard_s[client, node]
+        if age_s > _STALE_S:
+            decay = math.exp((age_s - _STALE_S) * _LOAD_RATE)
+        is_known = node > 0 and not math.isnan(known_k)
+        v.k[node] = 1.0 + decay * (max(known_k, 1.0) - 1.0) if is_known else 1.0
+        is_known = node > 0 and not math.isnan(known_q)
+        v.q_s[node] = decay * max(known_q, 0.0) if is_known else 0.0
+        if node > 0 and not s.is_up[client, node]:
+            v.down |= 1 << node
+    v.device_backlog_s = device_backlog_s(r, s, client)
+    v.input_bytes = w.requests[client, s.next_request[client], INPUT]
+
+
+@compiled
+def _glance_link(w: World, r: Plans, s: Lane, v: View, client: int, link: int) -> None:
+    """Rate and round trip of a link, NaN where nothing is known; `_complete` turns them into what a view holds."""
+    source, server = wide(r.link_source[link]), server_of(r, client, link)
+    told_s = s.now_s if source == 0 else s.heard_s[client, source]
+    v.s_per_byte[link] = v.half_rtt_s[link] = math.nan
+    if told_s > -math.inf:
+        v.half_rtt_s[link] = rtt_at(w, r, client, link, max(told_s, 0.0))
+        newest = newest_told(w, s, server, told_s)
+        known = num_told(s, server, newest)
+        if known > 0:
+            bps = _tuned_bps(w, s, server, newest, known)
+            if source == 0 and s.link_slot[server] != -1:
+                flying_s = max(s.now_s - s.link_start_s[server], 1e-9)
+                bps = min(bps, s.link_bytes[server] * 8.0 / flying_s)
+            v.s_per_byte[link] = max(bps, MIN_BANDWIDTH_BPS)
+
+
+@compiled
+def _tuned_bps(w: World, s: Lane, server: int, newest: int, known: int) -> float:
+    """Rate of one link under `runtime.planning.estimators.tuned_arrays`."""
+    sample = w.meter[server, newest & LAST_SAMPLE]
+    weight, total = sample[WEIGHT], sample[LOG_SUM]
+    if known < min(newest + 1, SAMPLES):  # some of them are kept no more
+        weight, total = sum_samples(w, server, newest, known)
+    log_mean, log_rate = max(sample[LOG_MEAN], _LOG_MIN_BPS), total / weight
+    weight *= math.exp((s.now_s - sample[MEASURED]) * SAMPLE_RATE)
+    return math.exp(log_mean + weight / (weight + _MEAN_WEIGHT) * (log_rate - log_mean))
+
+
+@compiled
+def _complete(r: Plans, v: View, link: int) -> None:
+    """Take what is not known of a link from its opposite, else the nominal values."""
+    back = wide(r.reverse[link])
+    if math.isnan(v.half_rtt_s[link]):
+        v.half_rtt_s[link] = NOMINAL_RTT_S if math.isnan(v.half_rtt_s[back]) else v.half_rtt_s[back]
+    if math.isnan(v.s_per_byte[link]):
+        v.s_per_byte[link] = NOMINAL_BANDWIDTH_BPS if math.isnan(v.s_per_byte[back]) else v.s_per_byte[back]
+
+
+@compiled
+def _glance_backlogs(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
+    """Bytes in front of every link, and rates and round trips as predictions take them."""
+    for shown in range(SHOWN_LINKS):
+        link = wide(r.shown_link[shown])
+        if link >= 0:
+            v.s_per_byte[link] = 8.0 / v.s_per_byte[link]
+            v.half_rtt_s[link] *= 0.5
+            server = server_of(r, client, link)
+            v.backlog_bytes[link] = s.link_bytes[server] if s.link_slot[server] != -1 else 0.0
+    for slot in range(s.top):
+        if s.is_active[slot] and s.place[slot] == LINK_QUEUE:
+            link = s.server[slot] % LINKS
+            if s.server[slot] == server_of(r, client, link):
+                v.backlog_bytes[link] += hop_bytes(w, r, s, slot)
+    v.uplink_backlog_bytes = 0.0
+    for shown in range(SHOWN_LINKS):
+        link = wide(r.shown_link[shown])
+        if link >= 0 and r.link_source[link] == 0:
+            v.uplink_backlog_bytes += v.backlog_bytes[link]
+
+
+@compiled
+def weigh(r: Plans, v: View) -> tuple[int, float]:
+    """Choose as the planner does, and tell what it predicts of its choice."""
+    best, best_down, best_s = 0, NODES + 1, math.inf
+    for row in range(NUM_CANDIDATES):
+        if r.padding[row] == 1:
+            continue
+        down = nodes_down(r, v, row)
+        if down > best_down:
+            continue
+        total_s = total(predict(r, v, row))
+        if down < best_down or total_s < best_s:
+            best, best_down, best_s = row, down, total_s
+    return best, best_s
+
+
+@compiled
+def nodes_down(r: Plans, v: View, row: int) -> int:
+    """How many of the nodes that a plan needs are down."""
+    both, down = r.needs[row] & v.down, 0
+    while both:
+        both &= both - 1
+        down += 1
     return down
 
 
 @compiled
-def believe(r: Plans, x: State) -> None:
-    """Work out what the tuned estimators believe of links and nodes, unknown links completed."""
-    for shown in range(SHOWN_LINKS):  # no plan here takes another
-        link = r.shown_link[shown]
-        if link >= 0:
-            x.s_per_byte[link] = _tuned_bps(x, link)
-            x.half_rtt_s[link] = x.rtt_s[link]
-    for shown in range(SHOWN_LINKS):
-        link = r.shown_link[shown]
-        if link >= 0:
-            _complete(x, link, r.reverse[link])
-    for shown in range(SHOWN_LINKS):
-        link = r.shown_link[shown]
-        if link >= 0:
-            x.s_per_byte[link] = 8.0 / x.s_per_byte[link]
-            x.half_rtt_s[link] *= 0.5
-    for node in range(r.num_nodes):
-        decay = math.exp(max(x.node_age_s[node] - _STALE_S, 0.0) * _LOAD_RATE)
-        known_k, known_q = x.load_factor[node], x.queue_delay_s[node]
-        x.k[node] = 1.0 + decay * ((1.0 if math.isnan(known_k) else max(known_k, 1.0)) - 1.0)
-        x.q_s[node] = decay * (0.0 if math.isnan(known_q) else max(known_q, 0.0))
+def predict(r: Plans, v: View, row: int) -> Parts:
+    """Predict the latency of one plan as `runtime.planning.cost.predict` has it, in the order of its parts."""
+    device, edge, cloud = r.node[row, 0], r.node[row, 1], r.node[row, 2]
+    device_s = v.k[device] * r.idle_s[row, 0]
+    edge_s = v.k[edge] * r.idle_s[row, 1]
+    cloud_s = v.k[cloud] * r.idle_s[row, 2]
+    queue_s = v.q_s[device] * r.has_layers[row, 0]
+    queue_s += v.q_s[edge] * r.has_layers[row, 1]
+    queue_s += v.q_s[cloud] * r.has_layers[row, 2]
+    wait_device_s = v.device_backlog_s * r.has_layers[row, 0]
+    up_s, up_trip_s, up_codec_s, is_coded = _transfer(r, v, row, 0, False)
+    on_s, on_trip_s, on_codec_s, is_coded = _transfer(r, v, row, 1, is_coded)
+    back_s, back_trip_s, back_codec_s, is_coded = _transfer(r, v, row, 2, is_coded)
+    down_s, down_trip_s, down_codec_s, is_coded = _transfer(r, v, row, 3, is_coded)
+    trips_s = up_trip_s + on_trip_s + back_trip_s + down_trip_s
+    codec_s = r.plain_codec_s[row] + up_codec_s + on_codec_s + back_codec_s + down_codec_s
+    wait_uplink_s = wait_backbone_s = 0.0
+    if r.has_hop[row, 0] != 0:
+        wait_uplink_s = max(v.uplink_backlog_bytes * v.s_per_byte[r.link[row, 0]] - device_s, 0.0)
+    if r.has_hop[row, 1] != 0:
+        wait_backbone_s = v.backlog_bytes[r.link[row, 1]] * v.s_per_byte[r.link[row, 1]]
+    return (
+        device_s, edge_s, cloud_s, up_s, on_s, back_s, down_s, trips_s, codec_s, wait_device_s, wait_uplink_s,
+        wait_backbone_s, queue_s, r.message_s[row],
+    )  # fmt: skip
 
 
 @compiled
-def _complete(x: State, link: int, reverse: int) -> None:
-    """Take what is not known of a link from its opposite, else the nominal values."""
-    if math.isnan(x.half_rtt_s[link]):
-        opposite = x.rtt_s[reverse]
-        x.half_rtt_s[link] = NOMINAL_RTT_S if math.isnan(opposite) else opposite
-    if math.isnan(x.s_per_byte[link]):
-        opposite = _tuned_bps(x, reverse)
-        x.s_per_byte[link] = NOMINAL_BANDWIDTH_BPS if math.isnan(opposite) else opposite
+def _transfer(r: Plans, v: View, row: int, hop: int, is_coded: bool) -> tuple[float, float, float, bool]:
+    """Seconds on a link, of its half round trip and of the codec, and whether it is sent coded."""
+    if r.has_hop[row, hop] == 0:
+        return 0.0, 0.0, 0.0, is_coded
+    link = r.link[row, hop]
+    saved_s = r.saved_bytes[row, hop] * v.s_per_byte[link]
+    if hop % 2 == 0 or r.is_relayed[row] == 0:  # the head passes on what came in as it came
+        is_coded = saved_s > r.coding_s[row, hop]
+    sent_s = (r.plain_bytes[row, hop] + r.has_input[row, hop] * v.input_bytes) * v.s_per_byte[link]
+    if is_coded:
+        return sent_s - saved_s, v.half_rtt_s[link], r.coding_s[row, hop], True
+    return sent_s, v.half_rtt_s[link], 0.0, False
 
 
 @compiled
-def _tuned_bps(x: State, link: int) -> float:
-    """Rate of one link under `runtime.planning.estimators.tuned_arrays`; NaN where nothing is known."""
-    mean = x.mean_bandwidth_bps[link]
-    log_mean = math.log(max(mean, MIN_BANDWIDTH_BPS)) if not math.isnan(mean) else math.nan
-    newest_s = x.sample_age_s[link, 0]
-    if math.isnan(x.bandwidth_bps[link, 0]):
-        log_rate, trust = log_mean, 0.0
-    else:
-        weight, total = 0.0, 0.0
-        for n in range(SAMPLES):
-            age_s = x.sample_age_s[link, n]
-            if age_s >= NEVER_S:
-                break
-            relative = math.exp((age_s - newest_s) * _RATE)
-            weight += relative
-            total += relative * x.log_bps[link, n]
-        log_rate = total / weight
-        weight *= math.exp(newest_s * _RATE)
-        trust = weight / (weight + _MEAN_WEIGHT)
-    if math.isnan(log_rate):
-        return math.nan
-    if not math.isnan(log_mean):
-        log_rate = log_mean + trust * (log_rate - log_mean)
-    return float(max(min(math.exp(log_rate), x.rate_cap_bps[link]), MIN_BANDWIDTH_BPS))
-
-
-@compiled
-def predict(r: Plans, x: State, row: int) -> float:
-    """Predict the latency of one plan, part by part (`State.parts`) as `runtime.planning.cost.predict` has it."""
-    parts = x.parts
-    round_trips_s, codec_s, queue_s = 0.0, r.plain_codec_s[row], 0.0
-    for tier in range(3):
-        node = r.node[row, tier]
-        parts[tier] = x.k[node] * r.idle_s[row, tier]
-        queue_s += x.q_s[node] * r.has_layers[row, tier]
-    is_coded = False
-    for hop in range(4):
-        parts[_TRANSFERS + hop] = 0.0
-        if r.has_hop[row, hop] == 0.0:
-            continue
-        link = r.link[row, hop]
-        saved_s = r.saved_bytes[row, hop] * x.s_per_byte[link]
-        if hop % 2 == 0 or r.is_relayed[row] == 0.0:
-            is_coded = saved_s > r.coding_s[row, hop]
-        sent = r.plain_bytes[row, hop] + r.has_input[row, hop] * x.input_bytes
-        parts[_TRANSFERS + hop] = sent * x.s_per_byte[link]
-        round_trips_s += x.half_rtt_s[link]
-        if is_coded:
-            parts[_TRANSFERS + hop] -= saved_s
-            codec_s += r.coding_s[row, hop]
-    parts[_ROUND_TRIPS], parts[_CODEC] = round_trips_s, codec_s
-    parts[_WAIT_DEVICE] = x.device_backlog_s * r.has_layers[row, 0]
-    parts[_WAIT_UPLINK] = parts[_WAIT_BACKBONE] = 0.0
-    if r.has_hop[row, 0] > 0.0:
-        wait_s = x.uplink_backlog_bytes * x.s_per_byte[r.link[row, 0]]
-        parts[_WAIT_UPLINK] = max(wait_s - parts[0], 0.0)
-    if r.has_hop[row, 1] > 0.0:
-        parts[_WAIT_BACKBONE] = x.backlog_bytes[r.link[row, 1]] * x.s_per_byte[r.link[row, 1]]
-    parts[_WAIT_NODES], parts[_MESSAGES] = queue_s, r.message_s[row]
-    total = 0.0
-    for part in range(len(PARTS)):
-        total += parts[part]
-    return float(total)
+def total(p: Parts) -> float:
+    """Sum the parts."""
+    return p[0] + p[1] + p[2] + p[3] + p[4] + p[5] + p[6] + p[7] + p[8] + p[9] + p[10] + p[11] + p[12] + p[13]

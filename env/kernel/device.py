@@ -57,7 +57,7 @@ def start_next(w: World, r: Plans, s: Lane, client: int) -> None:
         if not s.is_warm[r.segment[row, 0]]:
             s.is_warm[r.segment[row, 0]] = True
             cold_s = COLD_S + idle_s
-    noise = w.requests[client, NOISE, s.number[slot]]
+    noise = w.requests[client, s.number[slot], NOISE]
     s.device_slot[client] = slot
     s.device_is_local[client] = is_local
     s.device_predicted_end_s[client] = now_s + idle_s
@@ -116,7 +116,7 @@ def guard_at_s(r: Plans, s: Lane, slot: int) -> float:
 @compiled
 def has_remote(r: Plans, s: Lane, slot: int) -> bool:
     """Tell whether a request's plan needs another node."""
-    return bool(r.has_hop[s.row[slot], 0] > 0.0)
+    return bool(r.has_hop[s.row[slot], 0] != 0)
 
 
 @compiled

@@ -1,18 +1,17 @@
 """What devices hear of nodes: statuses, replies, silence; and the probes that keep links known."""
 
 from env.kernel import links, nodes
-from env.kernel.compiled import ZERO, compiled
+from env.kernel.compiled import ZERO, compiled, wide
 from env.kernel.events import TICK, push
 from env.kernel.layout import (
     DOWN,
     LINKS,
-    METER,
     Lane,
     Plans,
     World,
 )
 from env.kernel.life import answered, finish_here, lost, withdraw
-from env.traces import GRID_S
+from env.traces import FLOOR_BPS
 
 STATUS_S = 0.5
 LOST_AFTER_S = 2.0
@@ -24,14 +23,12 @@ FIRST_PROBE_BYTES = 64 * 1024.0
 MAX_PROBE_BYTES = 2.0**20
 """As in `runtime.wire.link`."""
 
-FLOOR_BPS = 1000.0
-
 
 @compiled
 def tick(w: World, r: Plans, s: Lane) -> None:
     """Twice a second: statuses arrive, silence is noticed, links that were not used are probed."""
     now_s = s.now_s
-    step = int(now_s / GRID_S) % w.grid.shape[1]
+    step = links.step_of(now_s)
     for node in range(1, r.num_nodes):
         length = nodes.queue_length(w, r, s, node, now_s)
         k, q_s = nodes.load_factor(s, node, now_s), nodes.queue_delay_s(s, node, now_s)
@@ -53,7 +50,7 @@ def _hear(
     w: World, r: Plans, s: Lane, client: int, node: int, k: float, q_s: float, length: float, busy: float
 ) -> None:
     """A status comes, unless the link to the device is as good as gone."""
-    link = _link_to_device(r, node)
+    link = wide(r.back_link[node])
     if links.rate_at(w, r, client, link, s.now_s) <= FLOOR_BPS:
         return
     s.heard_s[client, node] = max(s.now_s - links.rtt_at(w, r, client, link, s.now_s) / 2.0, 0.0)
@@ -65,20 +62,12 @@ def _hear(
 
 
 @compiled
-def _link_to_device(r: Plans, node: int) -> int:
-    for link in range(r.num_links):
-        if r.link_source[link] == node and r.link_target[link] == 0:
-            return link
-    return 0
-
-
-@compiled
 def hear_reply(w: World, r: Plans, s: Lane, slot: int) -> None:
     """An answer tells the load of the nodes it passed."""
     client, row, now_s = s.client[slot], s.row[slot], s.now_s
-    said_s = now_s - links.rtt_at(w, r, client, r.link[row, 3], now_s) / 2.0
+    said_s = now_s - links.rtt_at(w, r, client, wide(r.link[row, 3]), now_s) / 2.0
     for tier in (1, 2):
-        node = r.node[row, tier]
+        node = wide(r.node[row, tier])
         if node > 0 and r.has_layers[row, tier] > 0.0 and said_s > s.heard_s[client, node]:
             s.heard_s[client, node] = said_s
             s.known_k[client, node] = nodes.load_factor(s, node, said_s)
@@ -111,14 +100,14 @@ def _probe_links(w: World, r: Plans, s: Lane, client: int) -> None:
         server = links.server_of(r, client, link)
         if server // LINKS != client or s.link_slot[server] != -1:
             continue
+        count = s.meter_count[server]
+        if count > 0 and now_s - s.measured_s[server] < PROBE_AFTER_S:
+            continue
         end = max(r.link_source[link], r.link_target[link])
         device_link = r.link_source[link] == 0 or r.link_target[link] == 0
         if device_link and not s.is_up[client, end]:
             continue
-        count = s.meter_count[server]
-        if count > 0 and now_s - s.meter_s[server, (count - 1) % METER] < PROBE_AFTER_S:
-            continue
         nbytes = FIRST_PROBE_BYTES
         if count > 0:
-            nbytes = min(max(links.newest_bps(s, server) * PROBE_S / 8.0, links.MIN_SAMPLE_BYTES), MAX_PROBE_BYTES)
+            nbytes = min(max(links.newest_bps(w, s, server) * PROBE_S / 8.0, links.MIN_SAMPLE_BYTES), MAX_PROBE_BYTES)
         links.probe(w, r, s, server, nbytes)

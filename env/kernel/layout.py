@@ -8,8 +8,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from runtime.planning.cost import PARTS
-
 EDGES = 3
 NODES = EDGES + 2
 LINKS = NODES * (NODES - 1)
@@ -39,14 +37,26 @@ SERVERS = CLIENTS * LINKS
 SHOWN_NODES, SHOWN_LINKS = EDGES + 2, 4 * EDGES + 2
 """What policies see: of links, those to and from the device and the cloud."""
 
+STEPS = 512
+"""Of the grid; a power of two, so that to start over takes no division."""
+
 PATHS = 6
 RTT, CONTENTION, DOWN = PATHS, 2 * PATHS, 2 * PATHS + NODES
 GRID_ROWS = DOWN + NODES
 """Rows of the grid: rates from 0 on, then round trips, contention, and 1 where a node answers nobody."""
 
-ARRIVES, INPUT, DEADLINE, NOISE, LATENCY, OUTCOME, CHOSEN, DONE = 0, 1, 2, 3, 6, 7, 8, 9
-REQUEST_ROWS = 10
-"""Rows of the requests: three of noise; from `LATENCY` on what became of those of client 0."""
+ARRIVES, INPUT, DEADLINE, NOISE = range(4)
+REQUEST_COLUMNS = NOISE + 3
+"""Columns of the requests; the last three: noise of each tier."""
+
+LATENCY, OUTCOME = range(2)
+FATE_COLUMNS = 2
+"""Columns of what becomes of client 0's requests."""
+
+MEASURED, BPS, LOG_BPS, LOG_MEAN, DECAY, WEIGHT, LOG_SUM = range(7)
+METER_COLUMNS = 8
+"""Columns of the samples of a link: instant, rate, its logarithm, mean logarithm of all so far, weight of the sample before
+it over its own, and weights and weighted logarithms summed over this one and the seven before."""
 
 Lane: TypeAlias = Any
 """A record of `LANE`."""
@@ -57,13 +67,19 @@ Plans: TypeAlias = Any
 State: TypeAlias = Any
 """A record of `STATE`."""
 
+View: TypeAlias = Any
+"""A record of `VIEW`."""
+
 
 class World(NamedTuple):
-    """What happens whatever is decided, of one lane, and what becomes of it. G grid steps, M background requests."""
+    """What happens whatever is decided, of one lane, and what becomes of it. M background requests, R requests."""
 
-    grid: Any  # (GRID_ROWS, G)
+    grid: Any  # (GRID_ROWS, STEPS)
     background: Any  # (2 * NODES, M) arrivals, then service times
-    requests: Any  # (CLIENTS, REQUEST_ROWS, R)
+    requests: Any  # (CLIENTS, R, REQUEST_COLUMNS)
+    fates: Any  # (R, FATE_COLUMNS)
+    done: Any  # (R,) client 0's requests in the order in which they ended
+    meter: Any  # (SERVERS, METER, METER_COLUMNS) samples of all links
 
 
 class Seen(NamedTuple):
@@ -75,6 +91,7 @@ class Seen(NamedTuple):
 
 
 _I, _F, _B = np.int64, np.float64, np.uint8  # numba takes no array of bool inside a record
+_S, _H = np.int8, np.int16  # what every step reads of a plan is kept small: lanes do not fit into a core's own cache
 
 _Table: TypeAlias = list[tuple[Any, ...]]
 
@@ -84,22 +101,26 @@ def _fields(kind: Any, names: str, *shape: int) -> _Table:
 
 
 PLANS = np.dtype(
-    _fields(_I, "node segment", ROWS, 3)
-    + _fields(_F, "idle_s has_layers", ROWS, 3)
-    + _fields(_I, "link", ROWS, 4)
-    + _fields(_F, "has_hop plain_bytes saved_bytes coding_s has_input", ROWS, 4)
-    + _fields(_F, "plain_codec_s is_relayed message_s", ROWS)
-    + _fields(_I, "padding", ROWS)  # 0 a candidate, 1 no plan, 2 a plan that is no candidate
-    + _fields(_F, "needs", ROWS, NODES)
-    + _fields(_I, "link_source link_target reverse path", LINKS)
+    _fields(_S, "padding", ROWS)  # 0 a candidate, 1 no plan, 2 a plan that is no candidate
+    + _fields(_S, "node", ROWS, 3)
+    + _fields(_S, "link", ROWS, 4)
+    + _fields(_B, "has_layers", ROWS, 3)
+    + _fields(_B, "has_hop has_input", ROWS, 4)
+    + _fields(_B, "is_relayed needs", ROWS)  # a bit per node
+    + _fields(_H, "segment", ROWS, 3)
+    + _fields(_F, "idle_s", ROWS, 3)
+    + _fields(_F, "plain_bytes saved_bytes coding_s", ROWS, 4)
+    + _fields(_F, "plain_codec_s message_s", ROWS)
+    + _fields(_S, "link_source link_target reverse path", LINKS)
+    + _fields(_S, "back_link", NODES)  # from a node to the device
     + _fields(_F, "scale", LINKS)
     + _fields(_I, "num_links num_nodes num_clients num_requests")
     + _fields(_I, "shift", CLIENTS)
     + _fields(_I, "bg_count", NODES)
     + _fields(_F, "local_s")  # whole model on the device; inf where it has none
     # What is shown to a policy (`runtime.planning.features.Slots`).
-    + _fields(_I, "shown_node", SHOWN_NODES)
-    + _fields(_I, "shown_link", SHOWN_LINKS)
+    + _fields(_S, "shown_node", SHOWN_NODES)
+    + _fields(_S, "shown_link", SHOWN_LINKS)
     + _fields(_F, "reference_s reference_bytes"),
     align=True,
 )
@@ -121,8 +142,7 @@ LANE = np.dtype(
     + _fields(_F, "errors", CLIENTS, SAMPLES)
     # Links: what is in flight (-1 nothing, -2 a probe), and what their senders measured.
     + _fields(_I, "link_slot link_version meter_count", SERVERS)
-    + _fields(_F, "link_start_s link_bytes", SERVERS)
-    + _fields(_F, "meter_s meter_bps meter_log_bps meter_log_mean", SERVERS, METER)
+    + _fields(_F, "link_start_s link_bytes measured_s", SERVERS)  # the last: of the newest sample
     # Nodes: the request that runs, when all that has started is done, background requests taken in, jobs started,
     # service of all started; and the same as of the last start of a request.
     + _fields(_I, "node_slot node_version node_bg node_jobs saved_bg saved_jobs", NODES)
@@ -133,29 +153,76 @@ LANE = np.dtype(
     + _fields(_F, "heard_s known_k known_q_s known_length known_busy_frac cool_down_s retry_s", CLIENTS, NODES)
     + _fields(_I, "breaker failures", CLIENTS, NODES)
     + _fields(_B, "is_up", CLIENTS, NODES)
-    + _fields(_B, "is_warm", 3 * ROWS),
+    + _fields(_B, "is_over")
+    + _fields(_B, "is_warm", 3 * ROWS)
+    + _fields(_F, "predicted_total_s", ROWS),  # by the planner, of client 0's request at hand
     align=True,
 )
 """Everything that changes during an episode."""
 
 STATE = np.dtype(
-    _fields(_F, "bandwidth_bps log_bps sample_age_s", LINKS, SAMPLES)
+    _fields(_F, "bandwidth_bps sample_age_s", LINKS, SAMPLES)
     + _fields(_F, "mean_bandwidth_bps rtt_s backlog_bytes rate_cap_bps", LINKS)
     + _fields(_B, "is_up", NODES)
     + _fields(_F, "load_factor queue_delay_s queue_length utilisation_frac node_age_s", NODES)
     + _fields(_F, "device_backlog_s uplink_backlog_bytes request_rate_hz input_bytes deadline_s")
     + _fields(_F, "recent_errors", SAMPLES)
     + _fields(_I, "current")  # row in force, -1 for none
-    + _fields(_F, "total_s", ROWS)  # predicted by the planner
-    # What the planner believes, and the parts of the prediction it made last.
-    + _fields(_F, "s_per_byte half_rtt_s", LINKS)
-    + _fields(_F, "k q_s", NODES)
-    + _fields(_F, "parts", len(PARTS)),
+    + _fields(_F, "total_s", ROWS),  # predicted by the planner
     align=True,
 )
 """What a device has measured when a request comes, as `runtime.planning.arrays.StateArrays` has it, and more."""
 
+VIEW = np.dtype(
+    _fields(_F, "s_per_byte half_rtt_s backlog_bytes", LINKS)
+    + _fields(_F, "k q_s", NODES)
+    + _fields(_F, "device_backlog_s uplink_backlog_bytes input_bytes")
+    + _fields(_I, "down")  # a bit per node
+    + _fields(_F, "total_s", ROWS),  # predicted by the planner
+    align=True,
+)
+"""What the planner makes of that under the tuned estimators: all that a prediction needs."""
+
+BOUNDED = (
+    "uplink_frac access_scale edge_rtt_s cloud_rtt_s backbone_bps backbone_rtt_s utilisation background_size co_tenant "
+    "co_tenant_on_s gap gap_streaming deadline_factor outage_gap_s outage_s handover_every_s handover_outage_s "
+    "handover_weak warm_frac"
+)
+SINGLE = "utilisation_max service_noise utilisation_cap input_sigma handover_rtt_s"
+"""What worlds are drawn from, of `env.ranges.Ranges`."""
+
+PLACE = np.dtype(
+    _fields(_F, BOUNDED, 2)
+    + _fields(_F, SINGLE)
+    + _fields(_I, "clients", 2)
+    + _fields(_I, "num_edges num_plans num_families")
+    + _fields(_I, "families", 16)  # rows of the table of families
+    + _fields(_F, "typical_bytes local_s")
+    + _fields(_F, "deadline_s")  # NaN: drawn
+    + _fields(_F, "model_s", NODES),
+    align=True,
+)
+"""What worlds at a site are drawn from."""
+
+Place: TypeAlias = Any
+"""A record of `PLACE`."""
+
+PER_SIGMA, MAX_SIGMA = 64, 5
+LENGTHS = 32
+
+FAMILY = np.dtype(
+    _fields(_F, "level_sigma fast_keep fast_sigma fast_step slow_keep slow_sigma slow_step out_value step_s")
+    + _fields(_F, "value", 2 * MAX_SIGMA * PER_SIGMA + 1)  # by the normal number it is the quantile of
+    + _fields(_B, "has_outages")
+    + _fields(_F, "turn_s running_s", 2 * LENGTHS),  # outages, then what lies between; and their running sum
+    align=True,
+)
+"""A fitted family (`env.families`) at some step of time."""
+
+Family: TypeAlias = Any
+"""A record of `FAMILY`."""
+
 
 def make_records(form: "np.dtype[Any]", count: int) -> Any:
-    """Allocate records whose fields are attributes."""
-    return np.zeros(count, dtype=form).view(np.recarray)
+    """Allocate records whose fields are attributes; of an array of them they are items."""
+    return np.zeros(count, dtype=np.dtype((np.record, form)))

@@ -4,14 +4,12 @@ import math
 
 from env.kernel import device as dev
 from env.kernel import links, nodes
-from env.kernel.compiled import ZERO, compiled, constants
+from env.kernel.compiled import ZERO, compiled, constants, wide
 from env.kernel.device import LOCAL_NONE, LOCAL_WANTED
 from env.kernel.events import ARRIVAL, DELAY, push
 from env.kernel.layout import (
     ARRIVES,
-    CHOSEN,
     DEADLINE,
-    DONE,
     LATENCY,
     OUTCOME,
     SAMPLES,
@@ -46,9 +44,7 @@ def submit(w: World, r: Plans, s: Lane, client: int, row: int, predicted_s: floa
     number = s.next_request[client]
     s.next_request[client] += 1
     if s.next_request[client] < r.num_requests:
-        push(s, w.requests[client, ARRIVES, number + 1], ARRIVAL, client, ZERO)
-    if client == 0:
-        w.requests[0, CHOSEN, number] = row
+        push(s, w.requests[client, number + 1, ARRIVES], ARRIVAL, client, ZERO)
     slot = _free_slot(s)
     if slot < 0:
         _record(w, s, client, number, math.inf, FAILED)
@@ -56,7 +52,7 @@ def submit(w: World, r: Plans, s: Lane, client: int, row: int, predicted_s: floa
     s.is_active[slot] = True
     s.client[slot], s.number[slot], s.row[slot] = client, number, row
     s.arrived_s[slot] = s.now_s
-    s.deadline_at_s[slot] = s.now_s + w.requests[client, DEADLINE, number]
+    s.deadline_at_s[slot] = s.now_s + w.requests[client, number, DEADLINE]
     s.predicted_s[slot] = predicted_s
     s.place[slot], s.hop[slot] = NOWHERE, 0
     s.version[slot] += 1
@@ -94,7 +90,7 @@ def stage_done(w: World, r: Plans, s: Lane, slot: int) -> None:
 @compiled
 def _send(w: World, r: Plans, s: Lane, slot: int) -> None:
     client, row = s.client[slot], s.row[slot]
-    node = r.link_target[r.link[row, 0]]
+    node = wide(r.link_target[r.link[row, 0]])
     s.target[slot] = node
     if not s.is_up[client, node] or not _admits(s, client, node):
         finish_here(w, r, s, slot)
@@ -108,9 +104,9 @@ def _send(w: World, r: Plans, s: Lane, slot: int) -> None:
 def encode(w: World, r: Plans, s: Lane, slot: int, extra_s: float) -> None:
     """Choose the codec of the present transfer by its sender's newest sample, then send."""
     row, hop, client = s.row[slot], s.hop[slot], s.client[slot]
-    if hop % 2 == 0 or r.is_relayed[row] == 0.0:
-        link = r.link[row, hop]
-        bps = links.newest_bps(s, links.server_of(r, client, link))
+    if hop % 2 == 0 or r.is_relayed[row] == 0:
+        link = wide(r.link[row, hop])
+        bps = links.newest_bps(w, s, links.server_of(r, client, link))
         saved_s = 0.0 if math.isnan(bps) else r.saved_bytes[row, hop] * 8.0 / bps
         s.is_coded[slot] = saved_s > r.coding_s[row, hop]
     delay_s = extra_s + (r.coding_s[row, hop] if s.is_coded[slot] else 0.0)
@@ -173,9 +169,9 @@ def end(w: World, r: Plans, s: Lane, slot: int, outcome: int) -> None:
 def _record(w: World, s: Lane, client: int, number: int, latency_s: float, outcome: int) -> None:
     if client != 0:
         return
-    w.requests[0, LATENCY, number] = latency_s
-    w.requests[0, OUTCOME, number] = outcome
-    w.requests[0, DONE, s.done_count] = number
+    w.fates[number, LATENCY] = latency_s
+    w.fates[number, OUTCOME] = outcome
+    w.done[s.done_count] = number
     s.done_count += 1
 
 

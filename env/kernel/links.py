@@ -5,11 +5,29 @@ from typing import cast
 
 import numpy as np
 
-from env.kernel.compiled import compiled, constants
+from env.kernel.compiled import compiled, constants, wide
 from env.kernel.events import DELAY, LINK, next_sequence, push
-from env.kernel.layout import DOWN, INPUT, LINKS, METER, RTT, Lane, Plans, World
+from env.kernel.layout import (
+    BPS,
+    DECAY,
+    DOWN,
+    INPUT,
+    LINKS,
+    LOG_BPS,
+    LOG_MEAN,
+    LOG_SUM,
+    MEASURED,
+    METER,
+    RTT,
+    SAMPLES,
+    STEPS,
+    WEIGHT,
+    Lane,
+    Plans,
+    World,
+)
 from env.traces import GRID_S
-from runtime.planning.estimators import MIN_BANDWIDTH_BPS
+from runtime.planning.estimators import MIN_BANDWIDTH_BPS, TunedSettings
 
 NOWHERE, DEVICE_QUEUE, LINK_QUEUE, LINK_FLIGHT, NODE_QUEUE, NODE_RUN, DELAYED = constants(7)
 """Places of a request's remote part (`Lanes.place`)."""
@@ -21,8 +39,21 @@ PROBE = cast(int, np.int64(-2))
 MIN_SAMPLE_BYTES = 16 * 1024.0
 """As in `runtime.wire.link`: smaller messages give no bandwidth sample."""
 
+LAST_STEP, LAST_SAMPLE = STEPS - 1, METER - 1
+"""Mask a number of a step or of a sample: its place in what starts over."""
+
+SAMPLE_RATE = -1.0 / TunedSettings().bandwidth_time_s
+"""At which samples lose weight under the tuned estimator."""
+
+_LOG_MIN_BPS = math.log(MIN_BANDWIDTH_BPS)
 _MEAN_SAMPLES = 100
 _MIN_TRANSFER_S = 1e-6
+
+
+@compiled
+def step_of(at_s: float) -> int:
+    """Step of the grid at an instant."""
+    return int(at_s / GRID_S) & LAST_STEP
 
 
 @compiled
@@ -36,27 +67,24 @@ def server_of(r: Plans, client: int, link: int) -> int:
 @compiled
 def rate_at(w: World, r: Plans, client: int, link: int, at_s: float) -> float:
     """Rate of a link at an instant."""
-    steps = w.grid.shape[1]
-    step = (int(at_s / GRID_S) + r.shift[client]) % steps
+    step = (step_of(at_s) + r.shift[client]) & LAST_STEP
     return float(w.grid[r.path[link], step] * r.scale[link])
 
 
 @compiled
 def rtt_at(w: World, r: Plans, client: int, link: int, at_s: float) -> float:
     """Round trip of a link at an instant."""
-    steps = w.grid.shape[1]
-    return float(w.grid[RTT + r.path[link], (int(at_s / GRID_S) + r.shift[client]) % steps])
+    return float(w.grid[RTT + r.path[link], (step_of(at_s) + r.shift[client]) & LAST_STEP])
 
 
 @compiled
 def transfer_end(w: World, r: Plans, client: int, link: int, start_s: float, nbytes: float) -> float:
     """When the last bit leaves that began to leave at `start_s`: the rate integrated over the grid."""
-    steps = w.grid.shape[1]
     path, scale, shift = r.path[link], r.scale[link], r.shift[client]
     bits, at_s = nbytes * 8.0, start_s
     step = int(start_s / GRID_S)
     while True:
-        rate = w.grid[path, (step + shift) % steps] * scale
+        rate = w.grid[path, (step + shift) & LAST_STEP] * scale
         room = ((step + 1) * GRID_S - at_s) * rate
         if bits <= room:
             return float(at_s + bits / rate)
@@ -68,34 +96,49 @@ def transfer_end(w: World, r: Plans, client: int, link: int, start_s: float, nby
 @compiled
 def is_broken(w: World, r: Plans, client: int, link: int, at_s: float) -> bool:
     """Tell whether a node at either end answers nobody."""
-    step = (int(at_s / GRID_S)) % w.grid.shape[1]
+    step = step_of(at_s)
     return bool((w.grid[DOWN + r.link_source[link], step] > 0.0) or (w.grid[DOWN + r.link_target[link], step] > 0.0))
 
 
 @compiled
-def newest_bps(s: Lane, server: int) -> float:
+def newest_bps(w: World, s: Lane, server: int) -> float:
     """What the sender last measured, NaN before the first."""
     count = s.meter_count[server]
-    return float(s.meter_bps[server, (count - 1) % METER]) if count > 0 else math.nan
+    return float(w.meter[server, (count - 1) & LAST_SAMPLE, BPS]) if count > 0 else math.nan
 
 
 @compiled
-def add_sample(s: Lane, server: int, at_s: float, nbytes: float, elapsed_s: float, rtt_s: float) -> None:
+def add_sample(w: World, s: Lane, server: int, at_s: float, nbytes: float, elapsed_s: float, rtt_s: float) -> None:
     """Take in an acknowledged transfer, as `runtime.wire.link.LinkMeter` does."""
     if nbytes < MIN_SAMPLE_BYTES:
         return
     transfer_s = max(elapsed_s - rtt_s / 2.0, elapsed_s / 2.0, _MIN_TRANSFER_S)
     bps = nbytes * 8.0 / transfer_s
     count = s.meter_count[server]
-    mean = math.log(bps)
+    mean, decay = math.log(bps), 0.0
+    log_bps = mean if bps >= MIN_BANDWIDTH_BPS else _LOG_MIN_BPS
     if count > 0:
-        before = s.meter_log_mean[server, (count - 1) % METER]
+        before = w.meter[server, (count - 1) & LAST_SAMPLE, LOG_MEAN]
         mean = before + (mean - before) / min(count + 1, _MEAN_SAMPLES)
-    s.meter_s[server, count % METER] = at_s
-    s.meter_bps[server, count % METER] = bps
-    s.meter_log_bps[server, count % METER] = math.log(max(bps, MIN_BANDWIDTH_BPS))
-    s.meter_log_mean[server, count % METER] = mean
+        decay = math.exp((at_s - s.measured_s[server]) * SAMPLE_RATE)
+    sample = w.meter[server, count & LAST_SAMPLE]
+    sample[MEASURED], sample[BPS], sample[LOG_BPS] = at_s, bps, log_bps
+    sample[LOG_MEAN], sample[DECAY] = mean, decay
+    s.measured_s[server] = at_s
     s.meter_count[server] = count + 1
+    sample[WEIGHT], sample[LOG_SUM] = sum_samples(w, server, count, min(count + 1, SAMPLES))
+
+
+@compiled
+def sum_samples(w: World, server: int, newest: int, count: int) -> tuple[float, float]:
+    """Sum the weights and weighted logarithms of some samples in a row; the newest weighs 1, and has a number."""
+    relative, weight, total = 1.0, 0.0, 0.0
+    for back in range(count):
+        at = (newest - back) & LAST_SAMPLE
+        weight += relative
+        total += relative * w.meter[server, at, LOG_BPS]
+        relative *= w.meter[server, at, DECAY]
+    return weight, total
 
 
 @compiled
@@ -103,7 +146,7 @@ def hop_bytes(w: World, r: Plans, s: Lane, slot: int) -> float:
     """Bytes of a request's present transfer."""
     row, hop = s.row[slot], s.hop[slot]
     sent = r.plain_bytes[row, hop]
-    sent += r.has_input[row, hop] * w.requests[s.client[slot], INPUT, s.number[slot]]
+    sent += r.has_input[row, hop] * w.requests[s.client[slot], s.number[slot], INPUT]
     return float(sent - r.saved_bytes[row, hop]) if s.is_coded[slot] else float(sent)
 
 
@@ -111,7 +154,7 @@ def hop_bytes(w: World, r: Plans, s: Lane, slot: int) -> float:
 def enqueue(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Put a request's tensors at the end of the queue of its present link."""
     client = s.client[slot]
-    link = r.link[s.row[slot], s.hop[slot]]
+    link = wide(r.link[s.row[slot], s.hop[slot]])
     s.place[slot] = LINK_QUEUE
     s.server[slot] = server_of(r, client, link)
     s.queued[slot] = next_sequence(s)
@@ -154,7 +197,7 @@ def acknowledged(w: World, r: Plans, s: Lane, server: int) -> None:
     link, now_s = server % LINKS, s.now_s
     if not is_broken(w, r, client, link, now_s):
         elapsed_s = now_s - s.link_start_s[server]
-        add_sample(s, server, now_s, s.link_bytes[server], elapsed_s, rtt_at(w, r, client, link, now_s))
+        add_sample(w, s, server, now_s, s.link_bytes[server], elapsed_s, rtt_at(w, r, client, link, now_s))
     free(w, r, s, server)
 
 

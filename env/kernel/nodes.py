@@ -10,9 +10,12 @@ from typing import Any
 
 from env.kernel.compiled import compiled
 from env.kernel.events import NODE, next_sequence, push
-from env.kernel.layout import CONTENTION, NODES, NOISE, RING, TICKS, Lane, Plans, World
-from env.kernel.links import NODE_QUEUE, NODE_RUN, first_waiting
+from env.kernel.layout import CONTENTION, NODES, NOISE, RING, STEPS, TICKS, Lane, Plans, World
+from env.kernel.links import NODE_QUEUE, NODE_RUN, first_waiting, step_of
 from env.traces import GRID_S
+
+LAST_JOB = RING - 1
+"""Masks a number of a job: its place in the ring."""
 
 CAPACITY = 16
 """Requests that may wait, as a worker's default."""
@@ -32,13 +35,12 @@ COLD_S = 0.02
 @compiled
 def contention_at(w: World, node: int, at_s: float) -> float:
     """Factor on service times at an instant."""
-    steps = w.grid.shape[1]
-    return float(w.grid[CONTENTION + node, int(at_s / GRID_S) % steps])
+    return float(w.grid[CONTENTION + node, step_of(at_s)])
 
 
 @compiled
 def _note_job(s: Lane, node: int, start_s: float, wait_s: float, service_s: float, ratio: float) -> None:
-    at = s.node_jobs[node] % RING
+    at = s.node_jobs[node] & LAST_JOB
     s.ring_start_s[node, at] = start_s
     s.ring_wait_s[node, at] = wait_s
     s.ring_end_s[node, at] = start_s + service_s
@@ -53,8 +55,9 @@ def _background_at(w: World, r: Plans, node: int, index: int) -> float:
     count = r.bg_count[node]
     if count == 0:
         return math.inf
-    period_s = w.grid.shape[1] * GRID_S
-    return float(w.background[node, index % count] + (index // count) * period_s)
+    if index < count:
+        return float(w.background[node, index])
+    return float(w.background[node, index % count] + (index // count) * STEPS * GRID_S)
 
 
 @compiled
@@ -65,10 +68,11 @@ def take_background(w: World, r: Plans, s: Lane, node: int, until_s: float) -> N
         at_s = _background_at(w, r, node, s.node_bg[node])
         if at_s >= until_s:
             return
-        service_s = w.background[NODES + node, s.node_bg[node] % count]
+        index = s.node_bg[node]
+        service_s = w.background[NODES + node, index if index < count else index % count]
         s.node_bg[node] += 1
         jobs = s.node_jobs[node]
-        if jobs >= CAPACITY and s.ring_start_s[node, (jobs - CAPACITY) % RING] > at_s:
+        if jobs >= CAPACITY and s.ring_start_s[node, (jobs - CAPACITY) & LAST_JOB] > at_s:
             continue
         start_s = max(s.node_free_s[node], at_s)
         factor = contention_at(w, node, start_s)
@@ -94,7 +98,7 @@ def queue_length(w: World, r: Plans, s: Lane, node: int, at_s: float) -> int:
         take_background(w, r, s, node, at_s)
     jobs = s.node_jobs[node]
     for back in range(1, min(jobs, RING) + 1):
-        if s.ring_start_s[node, (jobs - back) % RING] <= at_s:
+        if s.ring_start_s[node, (jobs - back) & LAST_JOB] <= at_s:
             break  # nor does any before it wait
         waiting += 1
     index = s.node_bg[node]
@@ -144,7 +148,7 @@ def start(w: World, r: Plans, s: Lane, node: int) -> int:
         _schedule(w, r, s, node)
         return int(slot)
     row, tier = s.row[slot], tier_of(r, s, slot)
-    noise = w.requests[s.client[slot], NOISE + tier, s.number[slot]]
+    noise = w.requests[s.client[slot], s.number[slot], NOISE + tier]
     factor = contention_at(w, node, now_s) * noise
     idle_s = r.idle_s[row, tier]
     cold_s = 0.0
@@ -214,7 +218,7 @@ def _window_mean(s: Lane, node: int, at_s: float, when_s: Ring, what: Ring) -> f
     total, count = 0.0, 0
     jobs = s.node_jobs[node]
     for back in range(1, min(jobs, RING) + 1):
-        at = (jobs - back) % RING
+        at = (jobs - back) & LAST_JOB
         if when_s[node, at] <= at_s:
             if when_s[node, at] < at_s - WINDOW_S or count == WINDOW_LENGTH:
                 break

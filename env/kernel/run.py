@@ -10,22 +10,26 @@ from typing import Any
 
 from env.kernel import device as dev
 from env.kernel import links, nodes
-from env.kernel.compiled import ZERO, compiled, constants, entry
-from env.kernel.decide import read_state, weigh
+from env.kernel.compiled import ZERO, compiled, constants, entry, wide
+from env.kernel.decide import glance, predict, read_state, total, weigh
 from env.kernel.device import LOCAL_NONE
 from env.kernel.events import ARRIVAL, DELAY, DEVICE, GUARD, LINK, NODE, push, take_next
 from env.kernel.hear import FIRST_PROBE_BYTES, hear_reply, tick
 from env.kernel.layout import (
     ARRIVES,
-    DONE,
     DOWN,
+    FATE_COLUMNS,
     LANE,
     LATENCY,
     LINKS,
+    METER,
+    METER_COLUMNS,
+    ROWS,
     Lane,
     Plans,
     Seen,
     State,
+    View,
     World,
     make_records,
 )
@@ -50,7 +54,6 @@ from env.kernel.links import (
     NOWHERE,
 )
 from env.kernel.show import show
-from env.traces import GRID_S
 
 Array = Any
 
@@ -61,7 +64,7 @@ Array = Any
 def _begin(w: World, r: Plans, s: Lane) -> None:
     """Set a blank lane to time 0: every link has been probed once, every node heard of, as the world has it."""
     for client in range(r.num_clients):
-        push(s, w.requests[client, ARRIVES, 0], ARRIVAL, client, ZERO)
+        push(s, w.requests[client, 0, ARRIVES], ARRIVAL, client, ZERO)
         for link in range(r.num_links):
             server = links.server_of(r, client, link)
             if server // LINKS == client and s.meter_count[server] == 0:
@@ -73,8 +76,8 @@ def _begin(w: World, r: Plans, s: Lane) -> None:
 def _first_probe(w: World, r: Plans, s: Lane, client: int, link: int, server: int) -> None:
     rtt_s = links.rtt_at(w, r, client, link, 0.0)
     elapsed_s = links.transfer_end(w, r, client, link, 0.0, FIRST_PROBE_BYTES) + rtt_s
-    if elapsed_s < w.requests[client, ARRIVES, 0]:
-        links.add_sample(s, server, elapsed_s, FIRST_PROBE_BYTES, elapsed_s, rtt_s)
+    if elapsed_s < w.requests[client, 0, ARRIVES]:
+        links.add_sample(w, s, server, elapsed_s, FIRST_PROBE_BYTES, elapsed_s, rtt_s)
 
 
 # --- what follows from events -----------------------------------------------------------------------------------------
@@ -103,7 +106,7 @@ def _continue(w: World, r: Plans, s: Lane, slot: int) -> None:
     if todo == DO_SEND:
         links.enqueue(w, r, s, slot)
     elif todo == DO_ARRIVE:
-        if links.is_broken(w, r, client, r.link[row, hop], s.now_s):
+        if links.is_broken(w, r, client, wide(r.link[row, hop]), s.now_s):
             s.place[slot] = NOWHERE  # lost on the way: nobody will tell
         elif hop < 2:
             _reach_node(w, r, s, slot)
@@ -127,7 +130,7 @@ def _continue(w: World, r: Plans, s: Lane, slot: int) -> None:
 def _reach_node(w: World, r: Plans, s: Lane, slot: int) -> None:
     """The tensors are at a node: compute, pass on, or be refused."""
     row, tier = s.row[slot], nodes.tier_of(r, s, slot)
-    node = r.node[row, tier]
+    node = wide(r.node[row, tier])
     if s.now_s >= s.deadline_at_s[slot]:
         _refuse(w, r, s, slot)
     elif r.has_layers[row, tier] > 0.0:
@@ -152,9 +155,9 @@ def _leave_node(w: World, r: Plans, s: Lane, slot: int) -> None:
 def _refuse(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Tell the device that there will be no result; the notice is a small message on the way back."""
     row, client = s.row[slot], s.client[slot]
-    back_s = links.rtt_at(w, r, client, r.link[row, 3], s.now_s) / 2.0
+    back_s = links.rtt_at(w, r, client, wide(r.link[row, 3]), s.now_s) / 2.0
     if s.hop[slot] == 1:
-        back_s += links.rtt_at(w, r, ZERO, r.link[row, 2], s.now_s) / 2.0
+        back_s += links.rtt_at(w, r, ZERO, wide(r.link[row, 2]), s.now_s) / 2.0
     delay(w, r, s, slot, back_s, DO_FAIL)
 
 
@@ -166,7 +169,7 @@ def _node_event(w: World, r: Plans, s: Lane, node: int) -> None:
             _refuse(w, r, s, late)
         return
     slot = nodes.done(w, r, s, node)
-    step = int(s.now_s / GRID_S) % w.grid.shape[1]
+    step = links.step_of(s.now_s)
     if w.grid[DOWN + node, step] > 0.0:
         s.place[slot] = NOWHERE
     else:
@@ -199,8 +202,8 @@ def _guard_event(w: World, r: Plans, s: Lane, slot: int) -> None:
 
 
 @compiled
-def _advance(w: World, r: Plans, s: Lane, x: State, other: State, is_planned: bool) -> bool:
-    """Go on to the next arrival of client 0; at its last one, until all its earlier requests have ended.
+def _advance(w: World, r: Plans, s: Lane, v: View, x: State, candidates: Array, context: Array, mask: Array) -> bool:
+    """Go on to the next arrival of client 0, and show it; at its last one, until all its earlier requests have ended.
 
     The last arrival is never started: it is there to be seen, so that an episode ends with a state to value.
 
@@ -208,29 +211,60 @@ def _advance(w: World, r: Plans, s: Lane, x: State, other: State, is_planned: bo
         w: the lane's world.
         r: its plans.
         s: the lane.
-        x: takes the state that client 0 sees.
-        other: takes those of the others.
-        is_planned: the planner decides for client 0 too, until the end.
+        v: what is believed, one after the other.
+        x: takes the state at the last arrival; at others it can be read while the lane stands there.
+        candidates: takes what is seen.
+        context: the same.
+        mask: the same.
 
     Returns:
         True when client 0's last request has come and all earlier ones have ended.
     """
-    is_last = False
     while True:
         kind, what = take_next(s)
         if kind != ARRIVAL:
             _handle(w, r, s, kind, what)
-        elif what == 0 and (not is_planned or s.next_request[0] + 1 == r.num_requests):
-            read_state(w, r, s, x, ZERO)
-            is_last = s.next_request[0] + 1 == r.num_requests
-            if not is_last:
+        elif what == 0:
+            show(w, r, s, v, candidates, context, mask)
+            s.is_over = s.next_request[0] + 1 == r.num_requests
+            if not s.is_over:
                 return False
-        elif s.next_request[what] < r.num_requests:
-            read_state(w, r, s, other, what)
-            row = weigh(r, other)
-            submit(w, r, s, what, row, other.total_s[row])
-        if is_last and not _has_requests(s):
+            _read(w, r, s, x)
+        else:
+            _submit_planned(w, r, s, v, what)
+        if s.is_over and not _has_requests(s):
             return True
+
+
+@compiled
+def _read(w: World, r: Plans, s: Lane, x: State) -> None:
+    """Write what client 0's device has measured at the request at hand."""
+    read_state(w, r, s, x, ZERO)
+    for row in range(ROWS):
+        x.total_s[row] = s.predicted_total_s[row]
+
+
+@compiled
+def _submit_planned(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
+    """Let the planner decide on a request that has come, unless it is one too many."""
+    if s.next_request[client] < r.num_requests:
+        glance(w, r, s, v, client)
+        row, total_s = weigh(r, v)
+        submit(w, r, s, client, row, total_s)
+
+
+@compiled
+def _plan(w: World, r: Plans, s: Lane, v: View) -> None:
+    """Run a whole episode, the planner deciding for every client; client 0's last request does not start."""
+    is_over = False
+    while not is_over or _has_requests(s):
+        kind, what = take_next(s)
+        if kind != ARRIVAL:
+            _handle(w, r, s, kind, what)
+        elif what == 0 and s.next_request[0] + 1 == r.num_requests:
+            is_over = True
+        else:
+            _submit_planned(w, r, s, v, what)
 
 
 @compiled
@@ -242,48 +276,70 @@ def _has_requests(s: Lane) -> bool:
 
 
 @compiled
-def _follow(w: World, r: Plans, s: Lane, total_s: float, other: State, rows: Array) -> None:
+def _follow(w: World, r: Plans, s: Lane, v: View, rows: Array) -> None:
     """Start client 0's request at hand and those that follow, then wait until all have ended.
 
     Args:
         w: the lane's world.
         r: its plans.
         s: the lane.
-        total_s: latency that is predicted for the request at hand.
-        other: takes the states that are seen.
+        v: what is believed, one after the other.
         rows: plan of the request at hand and of each that follows; below 0 the planner decides. None: not even the
             request at hand is started.
     """
     first = s.next_request[0]
     stop = min(first + len(rows), r.num_requests - 1)
     if len(rows) > 0:
-        submit(w, r, s, ZERO, rows[0], total_s)
+        submit(w, r, s, ZERO, rows[0], s.predicted_total_s[rows[0]])
     while s.next_request[0] < stop or _has_requests(s):
         kind, what = take_next(s)
         if kind != ARRIVAL:
             _handle(w, r, s, kind, what)
-        elif s.next_request[what] < (stop if what == 0 else r.num_requests):
-            read_state(w, r, s, other, what)
-            row = weigh(r, other)
-            if what == 0 and rows[s.next_request[0] - first] >= 0:
-                row = rows[s.next_request[0] - first]
-            submit(w, r, s, what, row, other.total_s[row])
+        elif what != 0:
+            _submit_planned(w, r, s, v, what)
+        elif s.next_request[0] < stop:
+            row = rows[s.next_request[0] - first]
+            if row < 0:
+                _submit_planned(w, r, s, v, what)
+            else:
+                glance(w, r, s, v, ZERO)
+                submit(w, r, s, ZERO, row, total(predict(r, v, row)))
 
 
-STEP, BEGIN, PLAN, LOOK, FINISH = constants(5)
+STEP, BEGIN, PLAN, LOOK, FINISH, FORK, READ = constants(7)
 
 
 @compiled
-def _look(w: World, r: Plans, lanes: Array, states: Array, b: int, home: int, rows: Array, looked_s: Array) -> None:
-    lanes[-1] = lanes[b]
-    w.requests[-1] = w.requests[b]
-    s, requests = lanes[-1], w.requests[-1]
+def _copy(w: World, r: Plans, lanes: Array, b: int, to: int) -> None:
+    """Copy a lane as it stands, but not what became of its requests."""
+    lanes[to] = lanes[b]
+    for server in range(r.num_clients * LINKS):
+        for at in range(min(lanes[b].meter_count[server], METER)):
+            for column in range(METER_COLUMNS):
+                w.meter[to, server, at, column] = w.meter[b, server, at, column]
+
+
+@compiled
+def _fork(w: World, r: Plans, lanes: Array, states: Array, b: int, to: int) -> None:
+    _copy(w, r, lanes, b, to)
+    states[to] = states[b]
+    for number in range(r.num_requests):
+        for column in range(FATE_COLUMNS):
+            w.fates[to, number, column] = w.fates[b, number, column]
+
+
+@compiled
+def _look(w: World, r: Plans, lanes: Array, v: View, b: int, home: int, rows: Array, looked_s: Array) -> None:
+    last = len(lanes) - 1
+    _copy(w, r, lanes, b, last)
+    s = lanes[last]
     s.done_count = 0
     first = s.next_request[0]
-    _follow(World(w.grid[home], w.background[home], requests), r, s, states[b].total_s[rows[0]], states[-1], rows)
+    world = World(w.grid[home], w.background[home], w.requests[home], w.fates[last], w.done, w.meter[last])
+    _follow(world, r, s, v, rows)
     for later in range(len(rows)):
         is_there = first + later < r.num_requests - 1
-        looked_s[later] = requests[0, LATENCY, first + later] if is_there else math.nan
+        looked_s[later] = w.fates[last, first + later, LATENCY] if is_there else math.nan
 
 
 @entry
@@ -292,6 +348,7 @@ def run_lanes(
     plans: Array,
     lanes: Array,
     states: Array,
+    views: Array,
     seen: Seen,
     homes: Array,
     chosen: Array,
@@ -304,20 +361,21 @@ def run_lanes(
     """Run the chosen lanes. One function for all, so that everything is compiled once.
 
     Args:
-        w: worlds; arrays here have the lanes first, and requests and lanes one more than there are: to look ahead in.
-            Forks have requests of their own, the rest is that of their homes.
+        w: worlds; arrays here have the lanes first, fates and samples one more than there are: to look ahead in. Forks
+            have fates and samples of their own, the rest is that of their homes.
         plans: records of `PLANS`.
-        lanes: records of `LANE`; blank ones for `BEGIN` and `PLAN`.
-        states: records of `STATE`, one more than lanes: the last is for the other clients.
-        seen: takes the observations of the requests then at hand, unless the mode is `PLAN`.
+        lanes: records of `LANE`, one more than there are; blank ones for `BEGIN` and `PLAN`.
+        states: records of `STATE`.
+        views: one record of `VIEW`, to work in.
+        seen: takes the observations of the requests then at hand, for `STEP` and `BEGIN`.
         homes: lane whose world and plans each lane has: its own number, unless it is a fork.
         chosen: numbers of the lanes.
         rows: plan of client 0's request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of those that follow,
-            shape (chosen, how many), below 0 where the planner decides.
+            shape (chosen, how many), below 0 where the planner decides. For `FORK`: number of the fork.
         mode: `STEP`: submit that request and go on to the next; `BEGIN`: go to the first; `PLAN`: run the whole
             episode, the planner deciding for every client; `LOOK`: submit it in a copy of the lane and see what becomes
             of it and of those that follow; the lane stays as it is; `FINISH`: do not submit it, and go on until all
-            earlier ones have ended.
+            earlier ones have ended; `FORK`: copy the lane; `READ`: write the state at the request at hand.
         is_over: takes where the request now at hand is the last.
         ended: takes the place in `chosen` and the number of each of client 0's requests that ended.
         looked_s: for `LOOK`, takes the latencies of the same requests.
@@ -325,38 +383,46 @@ def run_lanes(
     Returns:
         How many ended.
     """
-    num_ended = 0
+    num_ended, v = 0, views[0]
     for at in range(len(chosen)):
         b = chosen[at]
         home = homes[b]
-        if mode == LOOK:
-            _look(w, plans[home], lanes, states, b, home, rows[at], looked_s[at])
-            continue
-        world = World(w.grid[home], w.background[home], w.requests[b])
         r, s, x = plans[home], lanes[b], states[b]
+        if mode == LOOK:
+            _look(w, r, lanes, v, b, home, rows[at], looked_s[at])
+            continue
+        if mode == FORK:
+            _fork(w, r, lanes, states, b, rows[at, 0])
+            continue
+        world = World(w.grid[home], w.background[home], w.requests[home], w.fates[b], w.done, w.meter[b])
+        if mode == READ:
+            if not s.is_over:
+                _read(world, r, s, x)
+            continue
         s.done_count = 0
         if mode == FINISH:
-            _follow(world, r, s, 0.0, states[-1], rows[at])
+            _follow(world, r, s, v, rows[at])
             continue
         if mode == STEP:
-            submit(world, r, s, ZERO, rows[at, 0], x.total_s[rows[at, 0]])
+            submit(world, r, s, ZERO, rows[at, 0], s.predicted_total_s[rows[at, 0]])
         else:
             _begin(world, r, s)
-        is_over[at] = _advance(world, r, s, x, states[-1], mode == PLAN)
-        if mode != PLAN:
-            show(r, x, seen.candidates[b], seen.context[b], seen.mask[b])
+        if mode == PLAN:
+            _plan(world, r, s, v)
+            continue
+        is_over[at] = _advance(world, r, s, v, x, seen.candidates[b], seen.context[b], seen.mask[b])
         for index in range(s.done_count):
-            ended[0, num_ended], ended[1, num_ended] = at, int(world.requests[0, DONE, index])
+            ended[0, num_ended], ended[1, num_ended] = at, w.done[index]
             num_ended += 1
     return num_ended
 
 
 def blank_lane() -> Lane:
-    """A lane before anything has happened."""
+    """A lane before anything has happened, in an array."""
     lane = make_records(LANE, 1)
     for name in ("device_slot", "link_slot", "node_slot", "in_force"):
         lane[name] = -1
     for name in ("known_k", "known_q_s", "known_busy_frac"):
         lane[name] = math.nan
     lane["heard_s"], lane["retry_s"], lane["cool_down_s"] = -math.inf, math.inf, COOL_DOWN_S
-    return lane[0]
+    return lane

@@ -9,9 +9,32 @@ from typing import Any
 
 import numpy as np
 
-from env.kernel.compiled import compiled
-from env.kernel.decide import NEVER_S, believe, nodes_down, predict
-from env.kernel.layout import NODES, ROWS, SAMPLES, SHOWN_LINKS, SHOWN_NODES, Plans, State
+from env.kernel.compiled import ZERO, compiled, wide
+from env.kernel.decide import (
+    NEVER_S,
+    glance,
+    newest_told,
+    nodes_down,
+    num_told,
+    predict,
+    request_rate_hz,
+    total,
+)
+from env.kernel.layout import (
+    BPS,
+    DEADLINE,
+    MEASURED,
+    NODES,
+    ROWS,
+    SAMPLES,
+    SHOWN_LINKS,
+    SHOWN_NODES,
+    Lane,
+    Plans,
+    View,
+    World,
+)
+from env.kernel.links import LAST_SAMPLE, server_of
 from runtime.planning.candidates import NUM_CANDIDATES
 from runtime.planning.cost import PARTS
 from runtime.planning.features import (
@@ -63,29 +86,33 @@ _LINK_PRESENT = _CONTEXT["link_present"]
 
 _FLOOR = np.float32(1e-3)
 _PER_DECADE = np.float32(1.0 / np.log(10.0))
+_LOG_ZERO = np.float32(np.log(_FLOOR) * _PER_DECADE)
 _MOST = 1e9
 
 
 @compiled
-def show(r: Plans, x: State, candidates: Row, context: Row, mask: Row) -> None:
-    """Write what a policy sees of a state, and what the planner predicts of every plan (`State.total_s`)."""
-    believe(r, x)
-    best_s = _show_candidates(r, x, candidates, mask)
+def show(w: World, r: Plans, s: Lane, v: View, candidates: Row, context: Row, mask: Row) -> None:
+    """Write what client 0's policy sees at its next request, and what the planner predicts of every plan."""
+    glance(w, r, s, v, ZERO)
+    rate_hz = request_rate_hz(w, ZERO, s.next_request[0])
+    rate_hz = rate_hz if rate_hz > 0.0 else 0.0
+    best_s = _show_candidates(r, s, v, rate_hz, candidates, mask)
     for row in range(NUM_CANDIDATES):
         at = row * _WIDTH
-        total_s = x.total_s[0 if r.padding[row] == 1 else row]
-        candidates[at + _OVER_BEST] = _log(total_s / best_s)
-        candidates[at + _CURRENT] = x.current == row
-        for column in range(at, at + _WIDTH):
-            low, high = _LOW[column - at], _HIGH[column - at]
-            candidates[column] = min(max(candidates[column], low), high)
+        if r.padding[row] == 1:  # it repeats the first plan
+            for column in range(at, at + _WIDTH):  # one by one: numba takes seconds to compile a slice
+                candidates[column] = candidates[column - at]
+            s.predicted_total_s[row] = math.inf
+        else:
+            candidates[at + _OVER_BEST] = _clip(_log(s.predicted_total_s[row] / best_s), _OVER_BEST)
+        candidates[at + _CURRENT] = s.in_force[0] == row
     for row in range(NUM_CANDIDATES, ROWS):
-        x.total_s[row] = math.inf if r.padding[row] == 1 else predict(r, x, row)
+        s.predicted_total_s[row] = math.inf if r.padding[row] == 1 else total(predict(r, v, row))
     for column in range(len(context)):
         context[column] = 0.0
-    _show_nodes(r, x, context)
-    _show_links(r, x, context)
-    _show_request(r, x, context)
+    _show_nodes(r, s, context)
+    _show_links(w, r, s, v, context)
+    _show_request(w, r, s, v, rate_hz, context)
     for column in range(len(context)):
         value = _log(context[column]) if column < _CONTEXT_LOGS else context[column]
         context[column] = min(max(value, _CONTEXT_LOW[column]), _CONTEXT_HIGH[column])
@@ -93,83 +120,97 @@ def show(r: Plans, x: State, candidates: Row, context: Row, mask: Row) -> None:
 
 @compiled
 def _log(value: float) -> float:
-    """What is shown of a number that is at least 0."""
+    """What is shown of a number that is at least 0; many are 0."""
+    if value == 0.0:
+        return float(_LOG_ZERO)
     return float(math.log(np.float32(value) + _FLOOR) * _PER_DECADE)
 
 
 @compiled
-def _show_candidates(r: Plans, x: State, candidates: Row, mask: Row) -> float:
+def _clip(value: float, column: int) -> float:
+    """Keep what is shown of a candidate within the bounds of its column."""
+    return float(min(max(value, _LOW[column]), _HIGH[column]))
+
+
+@compiled
+def _show_candidates(r: Plans, s: Lane, v: View, rate_hz: float, candidates: Row, mask: Row) -> float:
     """Encode all but what needs the best of the totals; gives that."""
-    rate_hz, per_s = x.request_rate_hz if x.request_rate_hz > 0.0 else 0.0, 1.0 / r.reference_s
+    per_s = 1.0 / r.reference_s
     best_s, least_down = math.inf, NODES + 1
     for row in range(NUM_CANDIDATES):
-        at = row * _WIDTH
-        if r.padding[row] == 1:  # it repeats the first plan
-            for column in range(_WIDTH):  # one by one: numba takes seconds to compile a slice
-                candidates[at + column] = candidates[column]
-            x.total_s[row] = math.inf
+        if r.padding[row] == 1:
             continue
-        x.total_s[row] = total_s = predict(r, x, row)
-        candidates[at + _TOTAL] = _log(total_s * per_s)
+        at = row * _WIDTH
+        parts = predict(r, v, row)
+        total_s = total(parts)
+        s.predicted_total_s[row] = total_s
+        candidates[at + _TOTAL] = _clip(_log(total_s * per_s), _TOTAL)
         for part in range(len(PARTS)):
-            candidates[at + _PARTS + part] = _log(x.parts[part] * per_s)
+            candidates[at + _PARTS + part] = _clip(_log(parts[part] * per_s), _PARTS)
         for part in range(_NUM_HELD):
-            candidates[at + _HELD + part] = x.parts[part] * rate_hz
+            candidates[at + _HELD + part] = _clip(parts[part] * rate_hz, _HELD)
         for tier in range(3):
             candidates[at + _USES + tier] = r.has_layers[row, tier]
         candidates[at + _WARM] = 0.5  # nodes do not tell which segments they hold
-        down = nodes_down(r, x, row)
+        down = nodes_down(r, v, row)
         if down < least_down:
             best_s, least_down = math.inf, down
         if down == least_down:
             best_s = min(best_s, total_s)
     for row in range(NUM_CANDIDATES):
-        mask[row] = r.padding[row] == 0 and nodes_down(r, x, row) == least_down
+        mask[row] = r.padding[row] != 1 and nodes_down(r, v, row) == least_down
     return best_s
 
 
 @compiled
-def _show_nodes(r: Plans, x: State, context: Row) -> None:
+def _show_nodes(r: Plans, s: Lane, context: Row) -> None:
     for shown in range(SHOWN_NODES):
-        node = r.shown_node[shown]
+        node = wide(r.shown_node[shown])
         if node < 0:
             continue
-        k, q_s, busy_frac = x.load_factor[node], x.queue_delay_s[node], x.utilisation_frac[node]
-        context[_K + shown] = k if k > 1.0 else 1.0
-        context[_Q + shown] = (q_s if q_s > 0.0 else 0.0) / r.reference_s
-        context[_LENGTH + shown] = 1.0 + x.queue_length[node]
-        context[_NODE_AGE + shown] = min(x.node_age_s[node], NEVER_S)
-        context[_NODE_PRESENT + shown] = 1.0
-        context[_NODE_UP + shown] = x.is_up[node]
-        context[_BUSY + shown] = busy_frac if busy_frac > 0.0 else 0.0
+        context[_K + shown], context[_LENGTH + shown] = 1.0, 1.0
+        context[_NODE_PRESENT + shown], context[_NODE_UP + shown] = 1.0, 1.0
+        if node > 0:
+            k, q_s, busy_frac = s.known_k[0, node], s.known_q_s[0, node], s.known_busy_frac[0, node]
+            context[_K + shown] = k if k > 1.0 else 1.0
+            context[_Q + shown] = (q_s if q_s > 0.0 else 0.0) / r.reference_s
+            context[_LENGTH + shown] = 1.0 + s.known_length[0, node]
+            context[_NODE_AGE + shown] = min(s.now_s - s.heard_s[0, node], NEVER_S)
+            context[_NODE_UP + shown] = s.is_up[0, node]
+            context[_BUSY + shown] = busy_frac if busy_frac > 0.0 else 0.0
 
 
 @compiled
-def _show_links(r: Plans, x: State, context: Row) -> None:
+def _show_links(w: World, r: Plans, s: Lane, v: View, context: Row) -> None:
     for shown in range(SHOWN_LINKS):
-        link = r.shown_link[shown]
+        link = wide(r.shown_link[shown])
         if link < 0:
             continue
-        input_s = r.reference_bytes * x.s_per_byte[link]
+        source, server = wide(r.link_source[link]), server_of(r, ZERO, link)
+        input_s = r.reference_bytes * v.s_per_byte[link]
+        newest = newest_told(w, s, server, s.now_s if source == 0 else s.heard_s[0, source])
+        known = num_told(s, server, newest)
         for n in range(NUM_SHOWN):
-            bps = x.bandwidth_bps[link, n]
-            sample_s = input_s if math.isnan(bps) else r.reference_bytes * 8.0 / max(bps, 1.0)
+            k = (newest - min(n, max(known - 1, 0))) & LAST_SAMPLE
+            bps = w.meter[server, k, BPS]
+            sample_s = r.reference_bytes * 8.0 / max(bps, 1.0) if known > 0 else input_s
+            age_s = s.now_s - w.meter[server, k, MEASURED] if n < known else NEVER_S
             context[_SAMPLE + shown * NUM_SHOWN + n] = sample_s / r.reference_s
-            context[_SAMPLE_AGE + shown * NUM_SHOWN + n] = x.sample_age_s[link, n]
+            context[_SAMPLE_AGE + shown * NUM_SHOWN + n] = age_s
         context[_RATE + shown] = input_s / r.reference_s
-        context[_RTT + shown] = 2.0 * x.half_rtt_s[link] / r.reference_s
-        context[_BACKLOG + shown] = x.backlog_bytes[link] * x.s_per_byte[link] / r.reference_s
+        context[_RTT + shown] = 2.0 * v.half_rtt_s[link] / r.reference_s
+        context[_BACKLOG + shown] = v.backlog_bytes[link] * v.s_per_byte[link] / r.reference_s
         context[_LINK_PRESENT + shown] = 1.0
 
 
 @compiled
-def _show_request(r: Plans, x: State, context: Row) -> None:
+def _show_request(w: World, r: Plans, s: Lane, v: View, rate_hz: float, context: Row) -> None:
+    count = s.error_count[0]
     for n in range(SAMPLES):
-        error = x.recent_errors[n]
-        context[_ERRORS + n] = 1.0 if math.isnan(error) else max(error + 1.0, 0.0)
-    rate_hz = x.request_rate_hz if x.request_rate_hz > 0.0 else 0.0
-    context[_REQUEST] = min(x.device_backlog_s / r.reference_s, _MOST)
-    context[_REQUEST + 1] = min(x.uplink_backlog_bytes / r.reference_bytes, _MOST)
+        error = s.errors[0, (count - 1 - n) % SAMPLES] if n < count else 0.0
+        context[_ERRORS + n] = max(error + 1.0, 0.0)
+    context[_REQUEST] = min(v.device_backlog_s / r.reference_s, _MOST)
+    context[_REQUEST + 1] = min(v.uplink_backlog_bytes / r.reference_bytes, _MOST)
     context[_REQUEST + 2] = min(rate_hz * r.reference_s, _MOST)
-    context[_REQUEST + 3] = min(x.deadline_s / r.reference_s, _MOST)
-    context[_REQUEST + 4] = min(x.input_bytes / r.reference_bytes, _MOST)
+    context[_REQUEST + 3] = min(w.requests[0, s.next_request[0], DEADLINE] / r.reference_s, _MOST)
+    context[_REQUEST + 4] = min(v.input_bytes / r.reference_bytes, _MOST)

@@ -1,0 +1,109 @@
+"""What a site is to compiled functions: its plans and what worlds at it are drawn from, as records made once."""
+
+from functools import lru_cache
+from typing import TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from env.families import load_families
+from env.kernel import layout
+from env.kernel.layout import ROWS, make_records
+from env.site import Site
+from env.world import paths_of
+from runtime.planning.candidates import NUM_CANDIDATES
+from runtime.planning.features import find_slots
+from runtime.planning.rows import PlanCosts
+from runtime.types import DEVICE_NODE, Plan, Tier
+
+Segments: TypeAlias = dict[tuple[int, tuple[int, ...]], int]
+"""Numbers of the segments of a lane, by node slot and layers."""
+
+_ROW_FIELDS = (
+    "node", "idle_s", "has_layers", "link", "has_hop", "plain_bytes", "saved_bytes", "coding_s", "has_input",
+    "plain_codec_s", "is_relayed", "message_s",
+)  # fmt: skip
+_PLANS: "WeakKeyDictionary[Site, tuple[layout.Plans, Segments]]" = WeakKeyDictionary()
+_PLACES: "WeakKeyDictionary[Site, layout.Place]" = WeakKeyDictionary()
+
+
+def plans_of(site: Site) -> tuple[layout.Plans, Segments]:
+    """All that a lane holds of a site: one record of `PLANS` in an array, and the segments that are numbered in it."""
+    known = _PLANS.get(site)
+    if known is None:
+        known = _PLANS[site] = _make_plans(site)
+    return known
+
+
+def place_of(site: Site) -> layout.Place:
+    """What worlds at a site are drawn from: one record of `PLACE` in an array."""
+    known = _PLACES.get(site)
+    if known is None:
+        known = _PLACES[site] = _make_place(site)
+    return known
+
+
+def put_rows(plans: layout.Plans, where: slice, costs: PlanCosts) -> None:
+    """Write compiled plans into rows of a record."""
+    for name in _ROW_FIELDS:
+        plans[name][where] = costs.full(name)
+    needs = costs.full("needs").astype(np.uint8)
+    plans["needs"][where] = needs @ (1 << np.arange(needs.shape[1], dtype=np.uint8))
+
+
+def number_segments(known: Segments, site: Site, plan: Plan) -> list[int]:
+    """Number the segments of a plan: equal ones of a lane get one number."""
+    slot = site.candidates.costs.layout.node_slot
+    cloud = site.problem.deployment.cloud
+    names = {Tier.DEVICE: DEVICE_NODE, Tier.EDGE: plan.head, Tier.CLOUD: None if cloud is None else cloud.name}
+    keys = ((slot.get(names[tier] or "", 0), _layers(plan, tier, site.problem.entry)) for tier in Tier)
+    return [known.setdefault(key, min(len(known), 3 * ROWS - 1)) for key in keys]
+
+
+@lru_cache(maxsize=4096)
+def _layers(plan: Plan, tier: Tier, entry: int) -> tuple[int, ...]:
+    return tuple(i for i in range(entry, len(plan.tiers)) if plan.tiers[i] is tier)
+
+
+def _make_plans(site: Site) -> tuple[layout.Plans, Segments]:
+    records, segments = make_records(layout.PLANS, 1), Segments()
+    plans, slots = records[0], site.candidates.costs.layout
+    plans.num_links, plans.num_nodes = len(slots.links), len(slots.nodes)
+    for at, (source, target) in enumerate(slots.links):
+        plans.link_source[at], plans.link_target[at] = slots.node_slot[source], slots.node_slot[target]
+        if plans.link_target[at] == 0:
+            plans.back_link[plans.link_source[at]] = at
+    plans.reverse[: len(slots.links)] = slots.reverse
+    cloud = site.problem.deployment.cloud
+    plans.path[: len(slots.links)] = paths_of(slots, None if cloud is None else cloud.name)
+    has_model = site.problem.constraints.device_has_model and DEVICE_NODE in site.problem.profile.nodes
+    plans.local_s = site.model_s(DEVICE_NODE) if has_model else np.inf
+    plans.padding[:NUM_CANDIDATES] = np.arange(NUM_CANDIDATES) >= site.candidates.num_plans
+    plans.padding[NUM_CANDIDATES:] = 1
+    put_rows(plans, slice(0, NUM_CANDIDATES), site.candidates.costs)
+    for at, plan in enumerate(site.candidates.plans):
+        plans.segment[at] = number_segments(segments, site, plan)
+    shown = find_slots(site.problem, site.candidates)
+    plans.shown_node, plans.shown_link = shown.nodes, shown.links
+    plans.reference_s, plans.reference_bytes = shown.reference_s, shown.reference_bytes
+    return records, segments
+
+
+def _make_place(site: Site) -> layout.Place:
+    places, ranges = make_records(layout.PLACE, 1), site.ranges
+    place, nodes = places[0], site.candidates.costs.layout.nodes
+    for name in (*layout.BOUNDED.split(), *layout.SINGLE.split(), "clients"):
+        place[name] = getattr(ranges, name)
+    place.num_edges, place.num_plans = site.num_edges, site.candidates.costs.num_plans
+    names = list(load_families())
+    place.num_families = len(ranges.families)
+    place.families[: len(ranges.families)] = [names.index(name) for name in ranges.families]
+    place.typical_bytes = site.typical_bytes
+    if site.problem.input_kind != "encoded":
+        place.input_sigma = 0.0
+    place.local_s = site.model_s(DEVICE_NODE) if DEVICE_NODE in site.problem.profile.nodes else 1.0
+    deadline_s = site.problem.constraints.deadline_s
+    place.deadline_s = np.nan if deadline_s is None else deadline_s
+    for slot, name in enumerate(nodes[1:], start=1):
+        place.model_s[slot] = site.model_s(name)
+    return places
