@@ -27,7 +27,12 @@ from runtime.wire.keys import Keys, load_authorised
 
 _log = logging.getLogger(__name__)
 
-_DATA_HWM = 8  # messages; an honest peer has one in flight, and an introduction or a repeat beside it
+_DATA_HWM = 8
+"""Data messages that may wait to be read: an honest peer has one in flight, and an introduction or a repeat beside it.
+
+Those to be sent, of which our queue gives one at a time, need no low mark: ZeroMQ wakes their sender whenever half as many
+have left.
+"""
 _COPIED_BYTES = 2**19
 """Smaller frames are copied: up to here that takes less than pyzmq's bookkeeping for memory it must not free (measured)."""
 
@@ -97,7 +102,7 @@ class Sockets:
             socket.linger = 0
             socket.setsockopt(zmq.MAXMSGSIZE, limits.control_bytes if is_control else limits.message_bytes)
             if not is_control:
-                socket.set_hwm(_DATA_HWM)
+                socket.setsockopt(zmq.RCVHWM, _DATA_HWM)
             # A client that vanished without a word keeps its connection here until TCP itself finds out.
             for option, seconds in ((zmq.TCP_KEEPALIVE_IDLE, 30), (zmq.TCP_KEEPALIVE_INTVL, 10)):
                 socket.setsockopt(option, seconds)
