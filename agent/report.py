@@ -1,5 +1,6 @@
 """What measured requests look like: a timeline as PNG, TensorBoard logs side by side, one run per rule."""
 
+import importlib
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,12 @@ def load_pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def load_drawing() -> None:
+    """Load what pictures and logs are made with, which takes seconds, before they are needed."""
+    load_pyplot()
+    importlib.import_module("torch.utils.tensorboard")
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

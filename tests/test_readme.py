@@ -124,9 +124,9 @@ def test_the_demo_gives_the_same_output_under_every_rule_in_every_phase(tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "All 35 outputs equal the whole model's" in done.stdout
+    assert "All 40 outputs equal the whole model's" in done.stdout
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 7
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 8
 
 
 @pytest.mark.slow
