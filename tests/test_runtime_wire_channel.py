@@ -8,15 +8,7 @@ import pytest
 from runtime.errors import ConfigError, ProtocolError, TransportError
 from runtime.wire.channel import Hub
 from runtime.wire.events import Connected, Delivered, Joined, Left, Limits, Lost, Received, ReceivedData, Rejected
-from runtime.wire.messages import (
-    PROTOCOL_VERSION,
-    Cancel,
-    Describe,
-    Failure,
-    Hello,
-    Refused,
-    Welcome,
-)
+from runtime.wire.messages import PROTOCOL_VERSION, Cancel, Describe, Failure, Hello, Refused, Welcome
 from tests.hubs import HELLO, Group, open_pair, result, submit, welcome
 
 BRISK = Limits(ping_every_s=0.05, lost_after_s=0.4, left_after_s=0.5)

@@ -307,6 +307,10 @@ def _follow(w: World, r: Plans, s: Lane, v: View, rows: Array) -> None:
 
 
 STEP, BEGIN, PLAN, LOOK, FINISH, FORK, READ = constants(7)
+"""What to do with a lane. `STEP`: submit the request at hand and go on to the next. `BEGIN`: go to the first. `PLAN`: run the
+whole episode, the planner deciding for every client. `LOOK`: submit the request in a copy of the lane, and see what becomes
+of it and of those that follow; the lane stays as it is. `FINISH`: submit nothing, and go on until all earlier requests have
+ended. `FORK`: copy the lane. `READ`: write the state at the request at hand."""
 
 
 @compiled
@@ -372,10 +376,7 @@ def run_lanes(
         chosen: numbers of the lanes.
         rows: plan of client 0's request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of those that follow,
             shape (chosen, how many), below 0 where the planner decides. For `FORK`: number of the fork.
-        mode: `STEP`: submit that request and go on to the next; `BEGIN`: go to the first; `PLAN`: run the whole
-            episode, the planner deciding for every client; `LOOK`: submit it in a copy of the lane and see what becomes
-            of it and of those that follow; the lane stays as it is; `FINISH`: do not submit it, and go on until all
-            earlier ones have ended; `FORK`: copy the lane; `READ`: write the state at the request at hand.
+        mode: one of those above.
         is_over: takes where the request now at hand is the last.
         ended: takes the place in `chosen` and the number of each of client 0's requests that ended.
         looked_s: for `LOOK`, takes the latencies of the same requests.
