@@ -107,7 +107,7 @@ def test_a_state_outside_the_training_range_is_the_fallback_s() -> None:
     assert primary.asked == 0
 
 
-def test_a_plan_predicted_to_take_twice_as_long_is_replaced() -> None:
+def test_a_plan_predicted_to_take_far_longer_is_replaced() -> None:
     expect_fallback(guarded(Scripted(CLOUD_ONLY)), make_state(PROBLEM, uplink_backlog_bytes=10**9), "worse")
 
 
