@@ -57,7 +57,7 @@ class Episodes:
         """Make the lanes and room for forks; `start` puts episodes into lanes."""
         self.sites, self.scenarios = tuple(sites), tuple(scenarios)
         self.num_requests, self.excess_weight = num_requests, excess_weight
-        self.num_lanes, num_all = num_lanes, num_lanes + num_forks
+        num_all = num_lanes + num_forks
         self._twin = Twin(num_lanes, num_requests + 1, num_forks=num_forks)
         self._num_plans = np.array([site.candidates.num_plans for site in self.sites])
         self._scale_s = np.array([find_slots(site.problem, site.candidates).reference_s for site in self.sites])
