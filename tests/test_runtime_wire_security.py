@@ -84,7 +84,9 @@ def test_a_client_with_keys_is_told_that_the_node_has_none(folder):
     with Hub("edge") as node, open_client(folder) as device:
         group = Group(node, device)
         device.connect("edge", node.bind("tcp://127.0.0.1:*", welcome), HELLO, server_key=server_key)
-        assert "got keys here and none there" in str(group.wait(device, Rejected, timeout_s=3).error)
+        text = str(group.wait(device, Rejected, timeout_s=3).error)
+        # Both sides see the difference; a node that closes first, each time, leaves us to name what may be.
+        assert "got keys here and none there" in text or "or the node has no keys" in text
 
 
 def test_missing_and_malformed_keys_are_named(folder):
