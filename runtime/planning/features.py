@@ -62,7 +62,6 @@ class _Given:
     total_s: FloatArray  # (B, K)
     penalty: FloatArray  # (B, K) 0 where the mask allows
     current: IntArray  # (B,) index of the candidate in force, -1: none
-    warm: FloatArray  # (B, K) or (1, K)
     input_s: FloatArray  # (B, L) time of the input at the tuned rate
     rate_hz: FloatArray  # (B,) 0 where it is not known
 
@@ -132,7 +131,7 @@ CANDIDATE_FEATURES: tuple[Feature, ...] = (
     Feature("held", _HELD, 0, 2, "seconds held x request rate", _held, False),
     Feature("uses", ("device", "edge", "cloud"), 0, 1, "1 where it runs layers", lambda g: g.slots.has_layers, False),
     Feature("is_current", ("is_current",), 0, 1, "1 for the plan in force", _is_current, False),
-    Feature("is_warm", ("is_warm",), 0, 1, "1 segments built, 0 not yet, 0.5 unknown", lambda g: g.warm[..., None], False),
+    Feature("is_warm", ("is_warm",), 0, 1, "1 segments built, 0 not yet, 0.5 unknown", lambda g: _UNKNOWN, False),
 )  # fmt: skip
 """The columns of `candidates`, in order: K rows of these."""
 
@@ -271,7 +270,6 @@ class FeatureEncoder:
         *,
         readings: ReadingsArrays | None = None,
         current: IntArray | None = None,
-        warm: FloatArray | None = None,
     ) -> Features:
         """Encode a batch.
 
@@ -279,7 +277,6 @@ class FeatureEncoder:
             state: the states.
             readings: what is believed of them; None takes the tuned estimators.
             current: index of the candidate in force, shape (B,), -1 where it is none of them.
-            warm: shape (B, K), 1 where a plan's segments are built, 0 where not; None: unknown.
         """
         batch = len(state.input_bytes)
         readings = complete(tuned_arrays(state) if readings is None else readings, self.layout)
@@ -293,7 +290,6 @@ class FeatureEncoder:
             total_s=total_s(parts),
             penalty=penalty,
             current=np.full(batch, -1) if current is None else current,
-            warm=_UNKNOWN if warm is None else warm,
             input_s=self.slots.reference_bytes * 8.0 / readings.bandwidth_bps,
             rate_hz=np.fmax(state.request_rate_hz, 0.0),
         )
@@ -357,7 +353,8 @@ def _scale(features: tuple[Feature, ...], reference_s: float, repeat: int) -> np
     return np.tile(np.array(scale, dtype=np.float32), repeat)
 
 
-_UNKNOWN = np.full((1, NUM_CANDIDATES), 0.5)
+_UNKNOWN = np.full((1, NUM_CANDIDATES, 1), 0.5)
+"""Nodes do not tell which segments they hold; the column waits for when they do."""
 _PER_DECADE = np.float32(1.0 / np.log(10.0))
 _CANDIDATE_TABLE, _CONTEXT_TABLE = _Table.of(CANDIDATE_FEATURES, NUM_CANDIDATES), _Table.of(CONTEXT_FEATURES, 1)
 _CANDIDATE_STOPS = np.cumsum([len(row.columns) for row in CANDIDATE_FEATURES]).tolist()
