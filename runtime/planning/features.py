@@ -124,6 +124,9 @@ def _held(given: _Given) -> FloatArray:
     return given.parts[..., : len(_HELD)] * given.rate_hz[:, None, None]
 
 
+_UNKNOWN: FloatArray = np.full((1, NUM_CANDIDATES, 1), 0.5)
+"""Nodes do not tell which segments they hold; the column waits for when they do."""
+
 CANDIDATE_FEATURES: tuple[Feature, ...] = (
     Feature("total", ("total",), -3, 3, "predicted latency", lambda g: g.total_s[..., None], is_time=True),
     Feature("over_best", ("over_best",), 0, 3, "predicted / best of those the mask allows", _over_best),
@@ -353,8 +356,6 @@ def _scale(features: tuple[Feature, ...], reference_s: float, repeat: int) -> np
     return np.tile(np.array(scale, dtype=np.float32), repeat)
 
 
-_UNKNOWN = np.full((1, NUM_CANDIDATES, 1), 0.5)
-"""Nodes do not tell which segments they hold; the column waits for when they do."""
 _PER_DECADE = np.float32(1.0 / np.log(10.0))
 _CANDIDATE_TABLE, _CONTEXT_TABLE = _Table.of(CANDIDATE_FEATURES, NUM_CANDIDATES), _Table.of(CONTEXT_FEATURES, 1)
 _CANDIDATE_STOPS = np.cumsum([len(row.columns) for row in CANDIDATE_FEATURES]).tolist()
