@@ -1,6 +1,6 @@
 # Every target sets the machine up first, so each works alone on a fresh checkout.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all demo bench
+.PHONY: help setup check test test-all coverage demo bench
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -28,14 +28,19 @@ check: setup  ## Format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: setup  ## Tests without the slow ones, on two cores, with coverage of every process
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+QUICKLY := -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+test: setup  ## Tests without the slow ones, on two cores
+	$(BIN)/python $(QUICKLY)
 
 test-all: setup  ## Every test: all models, the long streams
 	$(BIN)/python -m pytest
+
+coverage: setup  ## The same tests, and which lines of which process they reach (half as long again)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run $(QUICKLY)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 demo: setup  ## Send photographs through ResNet-50 on a device, two edges and a cloud
 	$(BIN)/python scripts/demo.py
