@@ -198,7 +198,8 @@ def test_names_that_are_nothing_are_refused():
 def test_the_command_plays_on_the_real_runtime(tmp_path):
     run_compare(
         CompareConfig(
-            policies=("loadpart", "planner"),
+            policies=("loadpart",),
+            baselines=("planner",),
             scenarios=("static",),
             models=("torchvision:squeezenet1_1",),
             backend="live",
