@@ -10,7 +10,8 @@ import numpy.typing as npt
 from env.families import load_families, make_table
 from env.kernel import draw as kernel
 from env.kernel import layout
-from env.kernel.load import MAX_BACKGROUND, fill_alone
+from env.kernel.layout import BACKGROUND
+from env.kernel.load import fill_alone
 from env.kernel.random import seed_streams
 from env.records import place_of, plans_of
 from env.site import Site
@@ -41,7 +42,7 @@ class _Scratch(threading.local):
         self.views = layout.make_records(layout.VIEW, 1)
         self.loads = np.empty((layout.NODES, MAX_STEPS))
         self.sizes, self.busy = np.empty(layout.NODES), np.empty(layout.NODES)
-        self.background = np.empty((2 * layout.NODES, MAX_BACKGROUND))
+        self.background = np.empty((2 * layout.NODES, BACKGROUND))
         self.counts = np.empty(layout.NODES, dtype=np.int64)
 
 
@@ -117,7 +118,7 @@ def draw_background(stream: WordArray, utilisation: FloatArray, size_s: float) -
 
     Sizes vary around `size_s`, or more where there would be too many.
     """
-    arrivals_s, service_s = np.empty(MAX_BACKGROUND), np.empty(MAX_BACKGROUND)
+    arrivals_s, service_s = np.empty(BACKGROUND), np.empty(BACKGROUND)
     count = fill_alone(stream, utilisation, size_s, arrivals_s, service_s)
     return Background(arrivals_s[:count], service_s[:count])
 

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from env.draw import MAX_STEPS
 from env.kernel import layout, run
 from env.kernel.layout import CLIENTS, NODES, ROWS, make_records
-from env.kernel.load import MAX_BACKGROUND
 from env.records import Segments, number_segments, plans_of, put_rows
 from env.site import Site
 from env.traces import FloatArray
@@ -66,15 +64,13 @@ class Twin:
         self.num_requests = num_requests
         num_all = num_lanes + num_forks
         self._homes = np.arange(num_all)
-        self._world = layout.World(
-            grid=np.ones((num_lanes, layout.GRID_ROWS, MAX_STEPS)),
-            background=np.zeros((num_lanes, 2 * NODES, MAX_BACKGROUND + 1)),
+        self._worlds = layout.Worlds(
+            courses=make_records(layout.COURSE, num_lanes),
             requests=np.zeros((num_lanes, CLIENTS, num_requests, layout.REQUEST_COLUMNS)),
-            # One more than there are lanes and forks, to look ahead in.
+            meters=make_records(layout.METERS, num_all + 1),
             fates=np.zeros((num_all + 1, num_requests, layout.FATE_COLUMNS)),
-            done=np.zeros(num_requests, dtype=np.int64),
-            meter=np.zeros((num_all + 1, layout.SERVERS, layout.METER, layout.METER_COLUMNS)),
         )
+        self._worlds.courses["grid"] = 1.0
         self._plans = make_records(layout.PLANS, num_lanes)
         self._lanes = make_records(layout.LANE, num_all + 1)
         self._states, self._views = make_records(layout.STATE, num_all), make_records(layout.VIEW, 1)
@@ -116,7 +112,8 @@ class Twin:
         self._sites[lane], self._segments[lane] = site, segments.copy()
 
     def _load_world(self, lane: int, world: World) -> None:
-        plans, grid, background = self._plans, self._world.grid[lane], self._world.background[lane]
+        plans, course = self._plans, self._worlds.courses[lane]
+        grid, background = course.grid, course.background
         num_nodes, (clients, requests) = len(world.background), world.arrivals_s.shape
         grid[: layout.PATHS] = world.rate_bps
         grid[layout.RTT : layout.RTT + layout.PATHS] = world.rtt_s
@@ -135,7 +132,7 @@ class Twin:
         plans["path"][lane, : len(world.path)], plans["scale"][lane, : len(world.path)] = world.path, world.scale
         plans["num_clients"][lane], plans["num_requests"][lane] = clients, requests
         plans["shift"][lane, :clients] = world.shift
-        table = self._world.requests[lane, :clients, :requests]
+        table = self._worlds.requests[lane, :clients, :requests]
         table[..., layout.ARRIVES], table[..., layout.INPUT] = world.arrivals_s, world.input_bytes
         table[..., layout.DEADLINE], table[..., layout.NOISE :] = world.deadline_s, world.noise
 
@@ -194,7 +191,7 @@ class Twin:
         """Run the planner through whole episodes: latency of every request, shape (lanes, R). `begin` starts over."""
         self._blank(lanes)
         self._run(lanes, lanes[:, None], run.PLAN)
-        latency_s: FloatArray = self._world.fates[lanes, :, layout.LATENCY]
+        latency_s: FloatArray = self._worlds.fates[lanes, :, layout.LATENCY]
         return latency_s
 
     def look(self, lanes: IntArray, rows: IntArray) -> FloatArray:
@@ -238,7 +235,7 @@ class Twin:
     def _blank(self, lanes: IntArray) -> None:
         _bytes_of(self._lanes)[lanes] = _bytes_of(self._blank_lane)[0]
         self._lanes["is_warm"][lanes] = self._is_warm[lanes]
-        self._world.fates[lanes] = (np.nan, 0.0)  # latency and outcome
+        self._worlds.fates[lanes] = (np.nan, 0.0)  # latency and outcome
 
     def _read(self, lanes: IntArray) -> None:
         """Write what is known into the states: steps need no more of it than they show."""
@@ -250,7 +247,7 @@ class Twin:
         is_over = np.zeros(len(lanes), dtype=np.bool_)
         lanes, rows = np.ascontiguousarray(lanes), np.ascontiguousarray(rows)  # others would be compiled for once more
         count = run.run_lanes(
-            self._world,
+            self._worlds,
             self._plans,
             self._lanes,
             self._states,
@@ -268,12 +265,12 @@ class Twin:
 
     def requests(self, lanes: IntArray, numbers: IntArray) -> tuple[FloatArray, FloatArray, IntArray]:
         """Latency (NaN while under way, inf without an answer), deadline and outcome code of some requests."""
-        fates = self._world.fates[lanes, numbers]
+        fates = self._worlds.fates[lanes, numbers]
         return fates[:, layout.LATENCY], self.deadline_s(lanes, numbers), fates[:, layout.OUTCOME].astype(np.int64)
 
     def deadline_s(self, lanes: IntArray, numbers: IntArray) -> FloatArray:
         """Deadline of some requests."""
-        deadline_s: FloatArray = self._world.requests[self._homes[lanes], 0, numbers, layout.DEADLINE]
+        deadline_s: FloatArray = self._worlds.requests[self._homes[lanes], 0, numbers, layout.DEADLINE]
         return deadline_s
 
     def now_s(self, lane: int) -> float:

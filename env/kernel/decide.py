@@ -24,6 +24,7 @@ from env.kernel.layout import (
     WEIGHT,
     Lane,
     Plans,
+    Requests,
     State,
     View,
     World,
@@ -54,7 +55,7 @@ Parts = tuple[float, float, float, float, float, float, float, float, float, flo
 
 
 @compiled
-def read_state(w: World, r: Plans, s: Lane, out: State, client: int) -> None:
+def read_state(w: World, requests: Requests, r: Plans, s: Lane, out: State, client: int) -> None:
     """Write what a client's device has measured, as its next request comes."""
     now_s, number = s.now_s, s.next_request[client]
     out.uplink_backlog_bytes = 0.0
@@ -72,9 +73,9 @@ def read_state(w: World, r: Plans, s: Lane, out: State, client: int) -> None:
     out.load_factor[0], out.queue_delay_s[0], out.queue_length[0] = 1.0, 0.0, 0.0
     out.utilisation_frac[0], out.node_age_s[0] = math.nan, 0.0
     out.device_backlog_s = device_backlog_s(r, s, client)
-    out.request_rate_hz = request_rate_hz(w, client, number)
-    out.input_bytes = w.requests[client, number, INPUT]
-    out.deadline_s = w.requests[client, number, DEADLINE]
+    out.request_rate_hz = request_rate_hz(requests, client, number)
+    out.input_bytes = requests[client, number, INPUT]
+    out.deadline_s = requests[client, number, DEADLINE]
     count = s.error_count[client]
     for back in range(SAMPLES):
         out.recent_errors[back] = s.errors[client, (count - 1 - back) % SAMPLES] if back < count else math.nan
@@ -91,9 +92,9 @@ def _read_link(w: World, r: Plans, s: Lane, out: State, client: int, link: int) 
     known = num_told(s, server, newest)
     for at in range(SAMPLES):
         k = (newest - min(at, max(known - 1, 0))) & LAST_SAMPLE
-        out.bandwidth_bps[link, at] = w.meter[server, k, BPS] if known > 0 else math.nan
-        out.sample_age_s[link, at] = now_s - w.meter[server, k, MEASURED] if at < known else NEVER_S
-    log_mean = w.meter[server, newest & LAST_SAMPLE, LOG_MEAN]
+        out.bandwidth_bps[link, at] = w.meters.sample[server, k, BPS] if known > 0 else math.nan
+        out.sample_age_s[link, at] = now_s - w.meters.sample[server, k, MEASURED] if at < known else NEVER_S
+    log_mean = w.meters.sample[server, newest & LAST_SAMPLE, LOG_MEAN]
     out.mean_bandwidth_bps[link] = math.exp(log_mean) if known > 0 else math.nan
     out.rtt_s[link] = rtt_at(w, r, client, link, max(told_s, 0.0)) if told_s > -math.inf else math.nan
     out.backlog_bytes[link] = 0.0
@@ -112,10 +113,10 @@ def _read_link(w: World, r: Plans, s: Lane, out: State, client: int, link: int) 
 
 
 @compiled
-def request_rate_hz(w: World, client: int, number: int) -> float:
+def request_rate_hz(requests: Requests, client: int, number: int) -> float:
     """Rate of a client's last arrivals, NaN when there was one."""
     first = max(number + 1 - _ARRIVALS, 0)
-    span_s = w.requests[client, number, ARRIVES] - w.requests[client, first, ARRIVES]
+    span_s = requests[client, number, ARRIVES] - requests[client, first, ARRIVES]
     return float((number - first) / span_s) if span_s > 0.0 else math.nan
 
 
@@ -124,7 +125,7 @@ def newest_told(w: World, s: Lane, server: int, told_s: float) -> int:
     """Number of a link's newest sample by the instant at which its sender last told, -1 for none that is kept."""
     count = s.meter_count[server]
     newest = count - 1
-    while newest >= max(count - METER, 0) and w.meter[server, newest & LAST_SAMPLE, MEASURED] > told_s:
+    while newest >= max(count - METER, 0) and w.meters.sample[server, newest & LAST_SAMPLE, MEASURED] > told_s:
         newest -= 1
     return int(newest)
 
@@ -162,7 +163,7 @@ def remainder_s(r: Plans, s: Lane, slot: int) -> float:
 
 
 @compiled
-def glance(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
+def glance(w: World, requests: Requests, r: Plans, s: Lane, v: View, client: int) -> None:
     """Work out what the tuned estimators believe of links and nodes as a client's next request comes."""
     for shown in range(SHOWN_LINKS):  # no plan here takes another
         if r.shown_link[shown] >= 0:
@@ -184,7 +185,7 @@ def glance(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
         if node > 0 and not s.is_up[client, node]:
             v.down |= 1 << node
     v.device_backlog_s = device_backlog_s(r, s, client)
-    v.input_bytes = w.requests[client, s.next_request[client], INPUT]
+    v.input_bytes = requests[client, s.next_request[client], INPUT]
 
 
 @compiled
@@ -208,7 +209,7 @@ def _glance_link(w: World, r: Plans, s: Lane, v: View, client: int, link: int) -
 @compiled
 def _tuned_bps(w: World, s: Lane, server: int, newest: int, known: int) -> float:
     """Rate of one link under `runtime.planning.estimators.tuned_arrays`."""
-    sample = w.meter[server, newest & LAST_SAMPLE]
+    sample = w.meters.sample[server, newest & LAST_SAMPLE]
     weight, total = sample[WEIGHT], sample[LOG_SUM]
     if known < min(newest + 1, SAMPLES):  # some of them are kept no more
         weight, total = sum_samples(w, server, newest, known)

@@ -7,7 +7,7 @@ import numpy as np
 from env.kernel.compiled import ZERO, compiled, constants
 from env.kernel.decide import remainder_s
 from env.kernel.events import DEVICE, GUARD, next_sequence, push
-from env.kernel.layout import NOISE, Lane, Plans, World
+from env.kernel.layout import Lane, Plans, World
 from env.kernel.links import DEVICE_QUEUE, NOWHERE
 from env.kernel.nodes import COLD_S, contention_at
 
@@ -57,7 +57,7 @@ def start_next(w: World, r: Plans, s: Lane, client: int) -> None:
         if not s.is_warm[r.segment[row, 0]]:
             s.is_warm[r.segment[row, 0]] = True
             cold_s = COLD_S + idle_s
-    noise = w.requests[client, s.number[slot], NOISE]
+    noise = s.noise[slot, 0]
     s.device_slot[client] = slot
     s.device_is_local[client] = is_local
     s.device_predicted_end_s[client] = now_s + idle_s

@@ -33,7 +33,7 @@ def tick(w: World, r: Plans, s: Lane) -> None:
         length = nodes.queue_length(w, r, s, node, now_s)
         k, q_s = nodes.load_factor(s, node, now_s), nodes.queue_delay_s(s, node, now_s)
         busy = nodes.busy_frac(s, node, now_s)
-        if not (w.grid[DOWN + node, step] > 0.0):
+        if not (w.course.grid[DOWN + node, step] > 0.0):
             for client in range(r.num_clients):
                 _hear(w, r, s, client, node, k, q_s, length, busy)
     s.tick_count += 1

@@ -20,6 +20,12 @@ ROWS = 128
 SLOTS = 96
 """Requests under way in one lane; one more is refused, and counts as failed."""
 
+ENDED = SLOTS + 1
+"""Most requests of client 0 that end between two of its arrivals: all under way, or one that is refused."""
+
+BACKGROUND = 4096
+"""Background requests of a node in a period; where there would be more, they are fewer and larger."""
+
 EVENTS = 4 * SLOTS
 RING = 32
 """Jobs of a node that its readings look at: more than its queue holds."""
@@ -67,19 +73,34 @@ Plans: TypeAlias = Any
 State: TypeAlias = Any
 """A record of `STATE`."""
 
+Requests: TypeAlias = Any
+"""The requests of a lane's clients, shape (CLIENTS, R, REQUEST_COLUMNS)."""
+
 View: TypeAlias = Any
 """A record of `VIEW`."""
 
 
 class World(NamedTuple):
-    """What happens whatever is decided, of one lane, and what becomes of it. M background requests, R requests."""
+    """What happens in one lane whatever is decided, and what is measured of it.
 
-    grid: Any  # (GRID_ROWS, STEPS)
-    background: Any  # (2 * NODES, M) arrivals, then service times
-    requests: Any  # (CLIENTS, R, REQUEST_COLUMNS)
-    fates: Any  # (R, FATE_COLUMNS)
-    done: Any  # (R,) client 0's requests in the order in which they ended
-    meter: Any  # (SERVERS, METER, METER_COLUMNS) samples of all links
+    Records only: they are passed as pointers, and arrays with all their lengths and strides at every call.
+    """
+
+    course: Any  # of `COURSE`
+    meters: Any  # of `METERS`
+
+
+class Worlds(NamedTuple):
+    """Worlds of all lanes, and what becomes of them. R requests.
+
+    Forks have samples and fates of their own, the rest is that of their homes; behind them comes one more of both, to
+    look ahead in.
+    """
+
+    courses: Any  # (lanes,) of `COURSE`
+    requests: Any  # (lanes, CLIENTS, R, REQUEST_COLUMNS)
+    meters: Any  # (lanes + forks + 1,) of `METERS`
+    fates: Any  # (lanes + forks + 1, R, FATE_COLUMNS)
 
 
 class Seen(NamedTuple):
@@ -128,13 +149,17 @@ PLANS = np.dtype(
 
 LANE = np.dtype(
     _fields(_F, "now_s")
-    + _fields(_I, "sequence event_count tick_count done_count top")  # no slot from top on is active
+    + _fields(_I, "sequence event_count tick_count ended_count top")  # no slot from top on is active
     + _fields(_F, "event_s", EVENTS)
     + _fields(_I, "event_kind event_id event_version", EVENTS)
     # Requests under way: who asked, where the remote part is, how far a local completion is.
     + _fields(_B, "is_active is_coded is_stage_done is_remote", SLOTS)
     + _fields(_I, "client number row place server queued hop todo version target local local_queued", SLOTS)
-    + _fields(_F, "arrived_s deadline_at_s predicted_s queued_s guard_s", SLOTS)
+    + _fields(_F, "arrived_s deadline_at_s predicted_s queued_s guard_s input_bytes", SLOTS)
+    + _fields(_F, "noise", SLOTS, 3)  # factor on the service time of each tier
+    # Requests of client 0 that have ended since its last arrival.
+    + _fields(_I, "ended outcome", ENDED)
+    + _fields(_F, "latency_s", ENDED)
     # Devices.
     + _fields(_I, "next_request device_slot device_version in_force error_count", CLIENTS)
     + _fields(_B, "device_is_local", CLIENTS)
@@ -159,6 +184,16 @@ LANE = np.dtype(
     align=True,
 )
 """Everything that changes during an episode."""
+
+COURSE = np.dtype(
+    _fields(_F, "grid", GRID_ROWS, STEPS)
+    + _fields(_F, "background", 2 * NODES, BACKGROUND + 1),  # arrivals, then service times
+    align=True,
+)
+"""What happens in a lane whatever is decided, but for its requests: those of an episode differ in number."""
+
+METERS = np.dtype(_fields(_F, "sample", SERVERS, METER, METER_COLUMNS), align=True)
+"""Samples of all links of a lane."""
 
 STATE = np.dtype(
     _fields(_F, "bandwidth_bps sample_age_s", LINKS, SAMPLES)

@@ -10,12 +10,13 @@ from env.kernel.events import ARRIVAL, DELAY, push
 from env.kernel.layout import (
     ARRIVES,
     DEADLINE,
-    LATENCY,
-    OUTCOME,
+    INPUT,
+    NOISE,
     SAMPLES,
     SLOTS,
     Lane,
     Plans,
+    Requests,
     World,
 )
 from env.kernel.links import (
@@ -39,20 +40,23 @@ _CLOSED, _OPEN, _HALF_OPEN = range(3)
 
 
 @compiled
-def submit(w: World, r: Plans, s: Lane, client: int, row: int, predicted_s: float) -> None:
+def submit(w: World, requests: Requests, r: Plans, s: Lane, client: int, row: int, predicted_s: float) -> None:
     """Start a client's next request under a plan, at the instant of its arrival."""
     number = s.next_request[client]
     s.next_request[client] += 1
     if s.next_request[client] < r.num_requests:
-        push(s, w.requests[client, number + 1, ARRIVES], ARRIVAL, client, ZERO)
+        push(s, requests[client, number + 1, ARRIVES], ARRIVAL, client, ZERO)
     slot = _free_slot(s)
     if slot < 0:
-        _record(w, s, client, number, math.inf, FAILED)
+        _record(s, client, number, math.inf, FAILED)
         return
     s.is_active[slot] = True
     s.client[slot], s.number[slot], s.row[slot] = client, number, row
     s.arrived_s[slot] = s.now_s
-    s.deadline_at_s[slot] = s.now_s + w.requests[client, number, DEADLINE]
+    s.deadline_at_s[slot] = s.now_s + requests[client, number, DEADLINE]
+    s.input_bytes[slot] = requests[client, number, INPUT]
+    for tier in range(3):
+        s.noise[slot, tier] = requests[client, number, NOISE + tier]
     s.predicted_s[slot] = predicted_s
     s.place[slot], s.hop[slot] = NOWHERE, 0
     s.version[slot] += 1
@@ -161,18 +165,17 @@ def end(w: World, r: Plans, s: Lane, slot: int, outcome: int) -> None:
     s.local[slot] = LOCAL_NONE
     while s.top > 0 and not s.is_active[s.top - 1]:
         s.top -= 1
-    _record(w, s, client, s.number[slot], latency_s, outcome)
+    _record(s, client, s.number[slot], latency_s, outcome)
     dev.start_next(w, r, s, client)
 
 
 @compiled
-def _record(w: World, s: Lane, client: int, number: int, latency_s: float, outcome: int) -> None:
+def _record(s: Lane, client: int, number: int, latency_s: float, outcome: int) -> None:
     if client != 0:
         return
-    w.fates[number, LATENCY] = latency_s
-    w.fates[number, OUTCOME] = outcome
-    w.done[s.done_count] = number
-    s.done_count += 1
+    at = s.ended_count
+    s.ended[at], s.latency_s[at], s.outcome[at] = number, latency_s, outcome
+    s.ended_count = at + 1
 
 
 @compiled

@@ -11,7 +11,6 @@ from env.kernel.layout import (
     BPS,
     DECAY,
     DOWN,
-    INPUT,
     LINKS,
     LOG_BPS,
     LOG_MEAN,
@@ -68,13 +67,13 @@ def server_of(r: Plans, client: int, link: int) -> int:
 def rate_at(w: World, r: Plans, client: int, link: int, at_s: float) -> float:
     """Rate of a link at an instant."""
     step = (step_of(at_s) + r.shift[client]) & LAST_STEP
-    return float(w.grid[r.path[link], step] * r.scale[link])
+    return float(w.course.grid[r.path[link], step] * r.scale[link])
 
 
 @compiled
 def rtt_at(w: World, r: Plans, client: int, link: int, at_s: float) -> float:
     """Round trip of a link at an instant."""
-    return float(w.grid[RTT + r.path[link], (step_of(at_s) + r.shift[client]) & LAST_STEP])
+    return float(w.course.grid[RTT + r.path[link], (step_of(at_s) + r.shift[client]) & LAST_STEP])
 
 
 @compiled
@@ -84,7 +83,7 @@ def transfer_end(w: World, r: Plans, client: int, link: int, start_s: float, nby
     bits, at_s = nbytes * 8.0, start_s
     step = int(start_s / GRID_S)
     while True:
-        rate = w.grid[path, (step + shift) & LAST_STEP] * scale
+        rate = w.course.grid[path, (step + shift) & LAST_STEP] * scale
         room = ((step + 1) * GRID_S - at_s) * rate
         if bits <= room:
             return float(at_s + bits / rate)
@@ -97,14 +96,17 @@ def transfer_end(w: World, r: Plans, client: int, link: int, start_s: float, nby
 def is_broken(w: World, r: Plans, client: int, link: int, at_s: float) -> bool:
     """Tell whether a node at either end answers nobody."""
     step = step_of(at_s)
-    return bool((w.grid[DOWN + r.link_source[link], step] > 0.0) or (w.grid[DOWN + r.link_target[link], step] > 0.0))
+    return bool(
+        (w.course.grid[DOWN + r.link_source[link], step] > 0.0)
+        or (w.course.grid[DOWN + r.link_target[link], step] > 0.0)
+    )
 
 
 @compiled
 def newest_bps(w: World, s: Lane, server: int) -> float:
     """What the sender last measured, NaN before the first."""
     count = s.meter_count[server]
-    return float(w.meter[server, (count - 1) & LAST_SAMPLE, BPS]) if count > 0 else math.nan
+    return float(w.meters.sample[server, (count - 1) & LAST_SAMPLE, BPS]) if count > 0 else math.nan
 
 
 @compiled
@@ -118,10 +120,10 @@ def add_sample(w: World, s: Lane, server: int, at_s: float, nbytes: float, elaps
     mean, decay = math.log(bps), 0.0
     log_bps = mean if bps >= MIN_BANDWIDTH_BPS else _LOG_MIN_BPS
     if count > 0:
-        before = w.meter[server, (count - 1) & LAST_SAMPLE, LOG_MEAN]
+        before = w.meters.sample[server, (count - 1) & LAST_SAMPLE, LOG_MEAN]
         mean = before + (mean - before) / min(count + 1, _MEAN_SAMPLES)
         decay = math.exp((at_s - s.measured_s[server]) * SAMPLE_RATE)
-    sample = w.meter[server, count & LAST_SAMPLE]
+    sample = w.meters.sample[server, count & LAST_SAMPLE]
     sample[MEASURED], sample[BPS], sample[LOG_BPS] = at_s, bps, log_bps
     sample[LOG_MEAN], sample[DECAY] = mean, decay
     s.measured_s[server] = at_s
@@ -136,8 +138,8 @@ def sum_samples(w: World, server: int, newest: int, count: int) -> tuple[float, 
     for back in range(count):
         at = (newest - back) & LAST_SAMPLE
         weight += relative
-        total += relative * w.meter[server, at, LOG_BPS]
-        relative *= w.meter[server, at, DECAY]
+        total += relative * w.meters.sample[server, at, LOG_BPS]
+        relative *= w.meters.sample[server, at, DECAY]
     return weight, total
 
 
@@ -146,7 +148,7 @@ def hop_bytes(w: World, r: Plans, s: Lane, slot: int) -> float:
     """Bytes of a request's present transfer."""
     row, hop = s.row[slot], s.hop[slot]
     sent = r.plain_bytes[row, hop]
-    sent += r.has_input[row, hop] * w.requests[s.client[slot], s.number[slot], INPUT]
+    sent += r.has_input[row, hop] * s.input_bytes[slot]
     return float(sent - r.saved_bytes[row, hop]) if s.is_coded[slot] else float(sent)
 
 

@@ -4,14 +4,11 @@ import math
 from typing import Any
 
 from env.kernel.compiled import compiled, entry
-from env.kernel.layout import Place
+from env.kernel.layout import BACKGROUND, Place
 from env.kernel.random import Stream, below, between, exponential, log_between, normal
 from env.traces import GRID_S
 
 Column = Any
-
-MAX_BACKGROUND = 4096
-"""Background requests of a node in a period; where there would be more, they are fewer and larger."""
 
 _FILL = 0.9
 _SIZE_SIGMA = 0.5
@@ -62,7 +59,7 @@ def mean(row: Column) -> float:
 @compiled
 def most_size_s(size_s: float, work_s: float) -> float:
     """Size of background requests: as is wanted, or more where there would be too many."""
-    return float(max(size_s, work_s / (_FILL * MAX_BACKGROUND)))
+    return float(max(size_s, work_s / (_FILL * BACKGROUND)))
 
 
 @compiled

@@ -10,7 +10,7 @@ from typing import Any
 
 from env.kernel.compiled import compiled
 from env.kernel.events import NODE, next_sequence, push
-from env.kernel.layout import CONTENTION, NODES, NOISE, RING, STEPS, TICKS, Lane, Plans, World
+from env.kernel.layout import CONTENTION, NODES, RING, STEPS, TICKS, Lane, Plans, World
 from env.kernel.links import NODE_QUEUE, NODE_RUN, first_waiting, step_of
 from env.traces import GRID_S
 
@@ -35,7 +35,7 @@ COLD_S = 0.02
 @compiled
 def contention_at(w: World, node: int, at_s: float) -> float:
     """Factor on service times at an instant."""
-    return float(w.grid[CONTENTION + node, step_of(at_s)])
+    return float(w.course.grid[CONTENTION + node, step_of(at_s)])
 
 
 @compiled
@@ -56,8 +56,8 @@ def _background_at(w: World, r: Plans, node: int, index: int) -> float:
     if count == 0:
         return math.inf
     if index < count:
-        return float(w.background[node, index])
-    return float(w.background[node, index % count] + (index // count) * STEPS * GRID_S)
+        return float(w.course.background[node, index])
+    return float(w.course.background[node, index % count] + (index // count) * STEPS * GRID_S)
 
 
 @compiled
@@ -69,7 +69,7 @@ def take_background(w: World, r: Plans, s: Lane, node: int, until_s: float) -> N
         if at_s >= until_s:
             return
         index = s.node_bg[node]
-        service_s = w.background[NODES + node, index if index < count else index % count]
+        service_s = w.course.background[NODES + node, index if index < count else index % count]
         s.node_bg[node] += 1
         jobs = s.node_jobs[node]
         if jobs >= CAPACITY and s.ring_start_s[node, (jobs - CAPACITY) & LAST_JOB] > at_s:
@@ -148,7 +148,7 @@ def start(w: World, r: Plans, s: Lane, node: int) -> int:
         _schedule(w, r, s, node)
         return int(slot)
     row, tier = s.row[slot], tier_of(r, s, slot)
-    noise = w.requests[s.client[slot], s.number[slot], NOISE + tier]
+    noise = s.noise[slot, tier]
     factor = contention_at(w, node, now_s) * noise
     idle_s = r.idle_s[row, tier]
     cold_s = 0.0

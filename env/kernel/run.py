@@ -24,13 +24,16 @@ from env.kernel.layout import (
     LINKS,
     METER,
     METER_COLUMNS,
+    OUTCOME,
     ROWS,
     Lane,
     Plans,
+    Requests,
     Seen,
     State,
     View,
     World,
+    Worlds,
     make_records,
 )
 from env.kernel.life import (
@@ -61,22 +64,22 @@ Array = Any
 
 
 @compiled
-def _begin(w: World, r: Plans, s: Lane) -> None:
+def _begin(w: World, requests: Requests, r: Plans, s: Lane) -> None:
     """Set a blank lane to time 0: every link has been probed once, every node heard of, as the world has it."""
     for client in range(r.num_clients):
-        push(s, w.requests[client, 0, ARRIVES], ARRIVAL, client, ZERO)
+        push(s, requests[client, 0, ARRIVES], ARRIVAL, client, ZERO)
         for link in range(r.num_links):
             server = links.server_of(r, client, link)
             if server // LINKS == client and s.meter_count[server] == 0:
-                _first_probe(w, r, s, client, link, server)
+                _first_probe(w, r, s, client, link, server, requests[client, 0, ARRIVES])
     tick(w, r, s)
 
 
 @compiled
-def _first_probe(w: World, r: Plans, s: Lane, client: int, link: int, server: int) -> None:
+def _first_probe(w: World, r: Plans, s: Lane, client: int, link: int, server: int, until_s: float) -> None:
     rtt_s = links.rtt_at(w, r, client, link, 0.0)
     elapsed_s = links.transfer_end(w, r, client, link, 0.0, FIRST_PROBE_BYTES) + rtt_s
-    if elapsed_s < w.requests[client, 0, ARRIVES]:
+    if elapsed_s < until_s:
         links.add_sample(w, s, server, elapsed_s, FIRST_PROBE_BYTES, elapsed_s, rtt_s)
 
 
@@ -170,7 +173,7 @@ def _node_event(w: World, r: Plans, s: Lane, node: int) -> None:
         return
     slot = nodes.done(w, r, s, node)
     step = links.step_of(s.now_s)
-    if w.grid[DOWN + node, step] > 0.0:
+    if w.course.grid[DOWN + node, step] > 0.0:
         s.place[slot] = NOWHERE
     else:
         _leave_node(w, r, s, slot)
@@ -202,13 +205,24 @@ def _guard_event(w: World, r: Plans, s: Lane, slot: int) -> None:
 
 
 @compiled
-def _advance(w: World, r: Plans, s: Lane, v: View, x: State, candidates: Array, context: Array, mask: Array) -> bool:
+def _advance(
+    w: World,
+    requests: Requests,
+    r: Plans,
+    s: Lane,
+    v: View,
+    x: State,
+    candidates: Array,
+    context: Array,
+    mask: Array,
+) -> bool:
     """Go on to the next arrival of client 0, and show it; at its last one, until all its earlier requests have ended.
 
     The last arrival is never started: it is there to be seen, so that an episode ends with a state to value.
 
     Args:
         w: the lane's world.
+        requests: and its requests.
         r: its plans.
         s: the lane.
         v: what is believed, one after the other.
@@ -225,36 +239,36 @@ def _advance(w: World, r: Plans, s: Lane, v: View, x: State, candidates: Array, 
         if kind != ARRIVAL:
             _handle(w, r, s, kind, what)
         elif what == 0:
-            show(w, r, s, v, candidates, context, mask)
+            show(w, requests, r, s, v, candidates, context, mask)
             s.is_over = s.next_request[0] + 1 == r.num_requests
             if not s.is_over:
                 return False
-            _read(w, r, s, x)
+            _read(w, requests, r, s, x)
         else:
-            _submit_planned(w, r, s, v, what)
+            _submit_planned(w, requests, r, s, v, what)
         if s.is_over and not _has_requests(s):
             return True
 
 
 @compiled
-def _read(w: World, r: Plans, s: Lane, x: State) -> None:
+def _read(w: World, requests: Requests, r: Plans, s: Lane, x: State) -> None:
     """Write what client 0's device has measured at the request at hand."""
-    read_state(w, r, s, x, ZERO)
+    read_state(w, requests, r, s, x, ZERO)
     for row in range(ROWS):
         x.total_s[row] = s.predicted_total_s[row]
 
 
 @compiled
-def _submit_planned(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
+def _submit_planned(w: World, requests: Requests, r: Plans, s: Lane, v: View, client: int) -> None:
     """Let the planner decide on a request that has come, unless it is one too many."""
     if s.next_request[client] < r.num_requests:
-        glance(w, r, s, v, client)
+        glance(w, requests, r, s, v, client)
         row, total_s = weigh(r, v)
-        submit(w, r, s, client, row, total_s)
+        submit(w, requests, r, s, client, row, total_s)
 
 
 @compiled
-def _plan(w: World, r: Plans, s: Lane, v: View) -> None:
+def _plan(w: World, requests: Requests, r: Plans, s: Lane, v: View, fates: Array) -> None:
     """Run a whole episode, the planner deciding for every client; client 0's last request does not start."""
     is_over = False
     while not is_over or _has_requests(s):
@@ -264,7 +278,18 @@ def _plan(w: World, r: Plans, s: Lane, v: View) -> None:
         elif what == 0 and s.next_request[0] + 1 == r.num_requests:
             is_over = True
         else:
-            _submit_planned(w, r, s, v, what)
+            if what == 0:
+                _settle(s, fates)
+            _submit_planned(w, requests, r, s, v, what)
+    _settle(s, fates)
+
+
+@compiled
+def _settle(s: Lane, fates: Array) -> None:
+    """Write down what became of the requests of client 0 that have ended."""
+    for at in range(s.ended_count):
+        fates[s.ended[at], LATENCY], fates[s.ended[at], OUTCOME] = s.latency_s[at], s.outcome[at]
+    s.ended_count = 0
 
 
 @compiled
@@ -276,34 +301,38 @@ def _has_requests(s: Lane) -> bool:
 
 
 @compiled
-def _follow(w: World, r: Plans, s: Lane, v: View, rows: Array) -> None:
+def _follow(w: World, requests: Requests, r: Plans, s: Lane, v: View, rows: Array, fates: Array) -> None:
     """Start client 0's request at hand and those that follow, then wait until all have ended.
 
     Args:
         w: the lane's world.
+        requests: and its requests.
         r: its plans.
         s: the lane.
         v: what is believed, one after the other.
         rows: plan of the request at hand and of each that follows; below 0 the planner decides. None: not even the
             request at hand is started.
+        fates: takes what becomes of them.
     """
     first = s.next_request[0]
     stop = min(first + len(rows), r.num_requests - 1)
     if len(rows) > 0:
-        submit(w, r, s, ZERO, rows[0], s.predicted_total_s[rows[0]])
+        submit(w, requests, r, s, ZERO, rows[0], s.predicted_total_s[rows[0]])
     while s.next_request[0] < stop or _has_requests(s):
         kind, what = take_next(s)
         if kind != ARRIVAL:
             _handle(w, r, s, kind, what)
         elif what != 0:
-            _submit_planned(w, r, s, v, what)
+            _submit_planned(w, requests, r, s, v, what)
         elif s.next_request[0] < stop:
+            _settle(s, fates)
             row = rows[s.next_request[0] - first]
             if row < 0:
-                _submit_planned(w, r, s, v, what)
+                _submit_planned(w, requests, r, s, v, what)
             else:
-                glance(w, r, s, v, ZERO)
-                submit(w, r, s, ZERO, row, total(predict(r, v, row)))
+                glance(w, requests, r, s, v, ZERO)
+                submit(w, requests, r, s, ZERO, row, total(predict(r, v, row)))
+    _settle(s, fates)
 
 
 STEP, BEGIN, PLAN, LOOK, FINISH, FORK, READ = constants(7)
@@ -314,17 +343,17 @@ ended. `FORK`: copy the lane. `READ`: write the state at the request at hand."""
 
 
 @compiled
-def _copy(w: World, r: Plans, lanes: Array, b: int, to: int) -> None:
+def _copy(w: Worlds, r: Plans, lanes: Array, b: int, to: int) -> None:
     """Copy a lane as it stands, but not what became of its requests."""
     lanes[to] = lanes[b]
     for server in range(r.num_clients * LINKS):
         for at in range(min(lanes[b].meter_count[server], METER)):
             for column in range(METER_COLUMNS):
-                w.meter[to, server, at, column] = w.meter[b, server, at, column]
+                w.meters[to].sample[server, at, column] = w.meters[b].sample[server, at, column]
 
 
 @compiled
-def _fork(w: World, r: Plans, lanes: Array, states: Array, b: int, to: int) -> None:
+def _fork(w: Worlds, r: Plans, lanes: Array, states: Array, b: int, to: int) -> None:
     _copy(w, r, lanes, b, to)
     states[to] = states[b]
     for number in range(r.num_requests):
@@ -333,22 +362,20 @@ def _fork(w: World, r: Plans, lanes: Array, states: Array, b: int, to: int) -> N
 
 
 @compiled
-def _look(w: World, r: Plans, lanes: Array, v: View, b: int, home: int, rows: Array, looked_s: Array) -> None:
+def _look(w: Worlds, r: Plans, lanes: Array, v: View, b: int, home: int, rows: Array, looked_s: Array) -> None:
     last = len(lanes) - 1
     _copy(w, r, lanes, b, last)
-    s = lanes[last]
-    s.done_count = 0
+    s, fates = lanes[last], w.fates[last]
     first = s.next_request[0]
-    world = World(w.grid[home], w.background[home], w.requests[home], w.fates[last], w.done, w.meter[last])
-    _follow(world, r, s, v, rows)
+    _follow(World(w.courses[home], w.meters[last]), w.requests[home], r, s, v, rows, fates)
     for later in range(len(rows)):
         is_there = first + later < r.num_requests - 1
-        looked_s[later] = w.fates[last, first + later, LATENCY] if is_there else math.nan
+        looked_s[later] = fates[first + later, LATENCY] if is_there else math.nan
 
 
 @entry
 def run_lanes(
-    w: World,
+    w: Worlds,
     plans: Array,
     lanes: Array,
     states: Array,
@@ -365,8 +392,7 @@ def run_lanes(
     """Run the chosen lanes. One function for all, so that everything is compiled once.
 
     Args:
-        w: worlds; arrays here have the lanes first, fates and samples one more than there are: to look ahead in. Forks
-            have fates and samples of their own, the rest is that of their homes.
+        w: worlds.
         plans: records of `PLANS`.
         lanes: records of `LANE`, one more than there are; blank ones for `BEGIN` and `PLAN`.
         states: records of `STATE`.
@@ -395,26 +421,26 @@ def run_lanes(
         if mode == FORK:
             _fork(w, r, lanes, states, b, rows[at, 0])
             continue
-        world = World(w.grid[home], w.background[home], w.requests[home], w.fates[b], w.done, w.meter[b])
+        world, requests = World(w.courses[home], w.meters[b]), w.requests[home]
         if mode == READ:
             if not s.is_over:
-                _read(world, r, s, x)
+                _read(world, requests, r, s, x)
             continue
-        s.done_count = 0
         if mode == FINISH:
-            _follow(world, r, s, v, rows[at])
+            _follow(world, requests, r, s, v, rows[at], w.fates[b])
             continue
         if mode == STEP:
-            submit(world, r, s, ZERO, rows[at, 0], s.predicted_total_s[rows[at, 0]])
+            submit(world, requests, r, s, ZERO, rows[at, 0], s.predicted_total_s[rows[at, 0]])
         else:
-            _begin(world, r, s)
+            _begin(world, requests, r, s)
         if mode == PLAN:
-            _plan(world, r, s, v)
+            _plan(world, requests, r, s, v, w.fates[b])
             continue
-        is_over[at] = _advance(world, r, s, v, x, seen.candidates[b], seen.context[b], seen.mask[b])
-        for index in range(s.done_count):
-            ended[0, num_ended], ended[1, num_ended] = at, w.done[index]
+        is_over[at] = _advance(world, requests, r, s, v, x, seen.candidates[b], seen.context[b], seen.mask[b])
+        for index in range(s.ended_count):
+            ended[0, num_ended], ended[1, num_ended] = at, s.ended[index]
             num_ended += 1
+        _settle(s, w.fates[b])
     return num_ended
 
 

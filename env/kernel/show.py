@@ -31,6 +31,7 @@ from env.kernel.layout import (
     SHOWN_NODES,
     Lane,
     Plans,
+    Requests,
     View,
     World,
 )
@@ -91,10 +92,10 @@ _MOST = 1e9
 
 
 @compiled
-def show(w: World, r: Plans, s: Lane, v: View, candidates: Row, context: Row, mask: Row) -> None:
+def show(w: World, requests: Requests, r: Plans, s: Lane, v: View, candidates: Row, context: Row, mask: Row) -> None:
     """Write what client 0's policy sees at its next request, and what the planner predicts of every plan."""
-    glance(w, r, s, v, ZERO)
-    rate_hz = request_rate_hz(w, ZERO, s.next_request[0])
+    glance(w, requests, r, s, v, ZERO)
+    rate_hz = request_rate_hz(requests, ZERO, s.next_request[0])
     rate_hz = rate_hz if rate_hz > 0.0 else 0.0
     best_s = _show_candidates(r, s, v, rate_hz, candidates, mask)
     for row in range(NUM_CANDIDATES):
@@ -112,7 +113,7 @@ def show(w: World, r: Plans, s: Lane, v: View, candidates: Row, context: Row, ma
         context[column] = 0.0
     _show_nodes(r, s, context)
     _show_links(w, r, s, v, context)
-    _show_request(w, r, s, v, rate_hz, context)
+    _show_request(requests, r, s, v, rate_hz, context)
     for column in range(len(context)):
         value = _log(context[column]) if column < _CONTEXT_LOGS else context[column]
         context[column] = min(max(value, _CONTEXT_LOW[column]), _CONTEXT_HIGH[column])
@@ -192,9 +193,9 @@ def _show_links(w: World, r: Plans, s: Lane, v: View, context: Row) -> None:
         known = num_told(s, server, newest)
         for n in range(NUM_SHOWN):
             k = (newest - min(n, max(known - 1, 0))) & LAST_SAMPLE
-            bps = w.meter[server, k, BPS]
+            bps = w.meters.sample[server, k, BPS]
             sample_s = r.reference_bytes * 8.0 / max(bps, 1.0) if known > 0 else input_s
-            age_s = s.now_s - w.meter[server, k, MEASURED] if n < known else NEVER_S
+            age_s = s.now_s - w.meters.sample[server, k, MEASURED] if n < known else NEVER_S
             context[_SAMPLE + shown * NUM_SHOWN + n] = sample_s / r.reference_s
             context[_SAMPLE_AGE + shown * NUM_SHOWN + n] = age_s
         context[_RATE + shown] = input_s / r.reference_s
@@ -204,7 +205,7 @@ def _show_links(w: World, r: Plans, s: Lane, v: View, context: Row) -> None:
 
 
 @compiled
-def _show_request(w: World, r: Plans, s: Lane, v: View, rate_hz: float, context: Row) -> None:
+def _show_request(requests: Requests, r: Plans, s: Lane, v: View, rate_hz: float, context: Row) -> None:
     count = s.error_count[0]
     for n in range(SAMPLES):
         error = s.errors[0, (count - 1 - n) % SAMPLES] if n < count else 0.0
@@ -212,5 +213,5 @@ def _show_request(w: World, r: Plans, s: Lane, v: View, rate_hz: float, context:
     context[_REQUEST] = min(v.device_backlog_s / r.reference_s, _MOST)
     context[_REQUEST + 1] = min(v.uplink_backlog_bytes / r.reference_bytes, _MOST)
     context[_REQUEST + 2] = min(rate_hz * r.reference_s, _MOST)
-    context[_REQUEST + 3] = min(w.requests[0, s.next_request[0], DEADLINE] / r.reference_s, _MOST)
+    context[_REQUEST + 3] = min(requests[0, s.next_request[0], DEADLINE] / r.reference_s, _MOST)
     context[_REQUEST + 4] = min(v.input_bytes / r.reference_bytes, _MOST)
