@@ -79,6 +79,8 @@ class Twin:
             context=np.zeros((num_all, len(CONTEXT_COLUMNS)), dtype=np.float32),
             mask=np.zeros((num_all, NUM_CANDIDATES), dtype=np.int8),
         )
+        rows = self.seen.candidates.reshape(num_all, NUM_CANDIDATES, -1)
+        self._shown = self.seen._replace(candidates=rows)  # the same, as compiled functions take it
         self._blank_lane = run.blank_lane()
         self._is_warm = np.zeros((num_lanes, 3 * ROWS), dtype=np.uint8)
         self._ended = np.zeros((2, num_all * num_requests), dtype=np.int64)
@@ -252,7 +254,7 @@ class Twin:
             self._lanes,
             self._states,
             self._views,
-            self.seen,
+            self._shown,
             self._homes,
             lanes,
             rows,

@@ -106,7 +106,7 @@ class Worlds(NamedTuple):
 class Seen(NamedTuple):
     """Observations, of all lanes (`runtime.planning.features`). K candidates."""
 
-    candidates: Any  # (lanes, K * columns) float32
+    candidates: Any  # (lanes, K * columns) float32; to compiled functions (lanes, K, columns)
     context: Any  # (lanes, columns) float32
     mask: Any  # (lanes, K) int8
 

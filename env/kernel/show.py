@@ -43,6 +43,7 @@ from runtime.planning.features import (
     CANDIDATE_FEATURES,
     CANDIDATE_HIGH,
     CANDIDATE_LOW,
+    CONTEXT_COLUMNS,
     CONTEXT_FEATURES,
     CONTEXT_HIGH,
     CONTEXT_LOW,
@@ -51,7 +52,10 @@ from runtime.planning.features import (
 )
 
 Row = Any
-"""One lane's part of an observation."""
+"""One lane's part of an observation; of candidates a table, shape (K, columns)."""
+
+Single = Any
+"""A number in single precision."""
 
 
 def _starts(table: tuple[Feature, ...]) -> dict[str, int]:
@@ -68,7 +72,7 @@ def _num_logs(table: tuple[Feature, ...]) -> int:
     return sum(len(row.columns) for row in table if row.is_log)
 
 
-_WIDTH = len(CANDIDATE_COLUMNS)
+_WIDTH, _NUM_CONTEXT = len(CANDIDATE_COLUMNS), len(CONTEXT_COLUMNS)
 _CANDIDATE, _CONTEXT = _starts(CANDIDATE_FEATURES), _starts(CONTEXT_FEATURES)
 _CANDIDATE_LOGS, _CONTEXT_LOGS = _num_logs(CANDIDATE_FEATURES), _num_logs(CONTEXT_FEATURES)
 _LOW, _HIGH = CANDIDATE_LOW.astype(np.float32), CANDIDATE_HIGH.astype(np.float32)
@@ -78,6 +82,7 @@ _TOTAL, _OVER_BEST, _PARTS = _CANDIDATE["total"], _CANDIDATE["over_best"], _CAND
 _HELD, _USES = _CANDIDATE["held"], _CANDIDATE["uses"]
 _CURRENT, _WARM = _CANDIDATE["is_current"], _CANDIDATE["is_warm"]
 _NUM_HELD = _USES - _HELD
+_HELD_LOW, _HELD_HIGH = float(CANDIDATE_LOW[_HELD]), float(CANDIDATE_HIGH[_HELD])
 
 _K, _Q, _LENGTH, _NODE_AGE = (_CONTEXT[name] for name in ("load_factor", "queue_delay", "queue_length", "node_age"))
 _SAMPLE, _SAMPLE_AGE, _RATE = (_CONTEXT[name] for name in ("sample", "sample_age", "rate"))
@@ -86,8 +91,11 @@ _NODE_PRESENT, _NODE_UP, _BUSY = (_CONTEXT[name] for name in ("node_present", "n
 _LINK_PRESENT = _CONTEXT["link_present"]
 
 _FLOOR = np.float32(1e-3)
-_PER_DECADE = np.float32(1.0 / np.log(10.0))
-_LOG_ZERO = np.float32(np.log(_FLOOR) * _PER_DECADE)
+_PER_OCTAVE = np.float32(np.log10(2.0))
+_SERIES = tuple(np.float32(2.0 / (power * np.log(10.0))) for power in (1, 3, 5, 7, 9))
+"""Of the logarithm to base 10 of (1 + s) / (1 - s), by powers of s; what is left out is less than 1e-9 at the ends."""
+
+_ONE, _BELOW_ONE, _MANTISSA_BITS = np.float32(1.0), np.int32(np.float32(np.sqrt(0.5)).view(np.int32)), np.int32(23)
 _MOST = 1e9
 
 
@@ -99,14 +107,15 @@ def show(w: World, requests: Requests, r: Plans, s: Lane, v: View, candidates: R
     rate_hz = rate_hz if rate_hz > 0.0 else 0.0
     best_s = _show_candidates(r, s, v, rate_hz, candidates, mask)
     for row in range(NUM_CANDIDATES):
-        at = row * _WIDTH
         if r.padding[row] == 1:  # it repeats the first plan
-            for column in range(at, at + _WIDTH):  # one by one: numba takes seconds to compile a slice
-                candidates[column] = candidates[column - at]
+            for column in range(_WIDTH):  # one by one: numba takes seconds to compile a slice
+                candidates[row, column] = candidates[0, column]
             s.predicted_total_s[row] = math.inf
         else:
-            candidates[at + _OVER_BEST] = _clip(_log(s.predicted_total_s[row] / best_s), _OVER_BEST)
-        candidates[at + _CURRENT] = s.in_force[0] == row
+            candidates[row, _OVER_BEST] = s.predicted_total_s[row] / best_s
+            for column in range(_CANDIDATE_LOGS):
+                candidates[row, column] = _clip(_log(candidates[row, column]), _LOW[column], _HIGH[column])
+        candidates[row, _CURRENT] = s.in_force[0] == row
     for row in range(NUM_CANDIDATES, ROWS):
         s.predicted_total_s[row] = math.inf if r.padding[row] == 1 else total(predict(r, v, row))
     for column in range(len(context)):
@@ -114,45 +123,53 @@ def show(w: World, requests: Requests, r: Plans, s: Lane, v: View, candidates: R
     _show_nodes(r, s, context)
     _show_links(w, r, s, v, context)
     _show_request(requests, r, s, v, rate_hz, context)
-    for column in range(len(context)):
-        value = _log(context[column]) if column < _CONTEXT_LOGS else context[column]
-        context[column] = min(max(value, _CONTEXT_LOW[column]), _CONTEXT_HIGH[column])
+    for column in range(_CONTEXT_LOGS):
+        context[column] = _clip(_log(context[column]), _CONTEXT_LOW[column], _CONTEXT_HIGH[column])
+    for column in range(_CONTEXT_LOGS, _NUM_CONTEXT):
+        context[column] = _clip(context[column], _CONTEXT_LOW[column], _CONTEXT_HIGH[column])
 
 
 @compiled
-def _log(value: float) -> float:
-    """What is shown of a number that is at least 0; many are 0."""
-    if value == 0.0:
-        return float(_LOG_ZERO)
-    return float(math.log(np.float32(value) + _FLOOR) * _PER_DECADE)
+def _log(value: Single) -> Single:
+    """What is shown of a number that is at least 0.
+
+    Nothing but arithmetic in single precision, so that loops over it take eight at a time: a library's function would be
+    called for each.
+    """
+    bits = np.float32(value + _FLOOR).view(np.int32)
+    octave = np.int32(np.int32(bits - _BELOW_ONE) >> _MANTISSA_BITS)
+    rest = np.int32(bits - np.int32(octave << _MANTISSA_BITS)).view(np.float32)  # from sqrt(0.5) to sqrt(2)
+    s = (rest - _ONE) / (rest + _ONE)
+    a, b, c, d, e = _SERIES
+    z = s * s
+    return np.float32(octave) * _PER_OCTAVE + s * (a + z * (b + z * (c + z * (d + z * e))))
 
 
 @compiled
-def _clip(value: float, column: int) -> float:
-    """Keep what is shown of a candidate within the bounds of its column."""
-    return float(min(max(value, _LOW[column]), _HIGH[column]))
+def _clip(value: Single, low: Single, high: Single) -> Single:
+    """Keep what is shown within the bounds of its column."""
+    return min(max(value, low), high)
 
 
 @compiled
 def _show_candidates(r: Plans, s: Lane, v: View, rate_hz: float, candidates: Row, mask: Row) -> float:
-    """Encode all but what needs the best of the totals; gives that."""
+    """Write the numbers, those before their logarithm, but what needs the best of the totals; gives that."""
     per_s = 1.0 / r.reference_s
     best_s, least_down = math.inf, NODES + 1
     for row in range(NUM_CANDIDATES):
         if r.padding[row] == 1:
             continue
-        at = row * _WIDTH
         parts = predict(r, v, row)
         total_s = total(parts)
         s.predicted_total_s[row] = total_s
-        candidates[at + _TOTAL] = _clip(_log(total_s * per_s), _TOTAL)
+        candidates[row, _TOTAL] = total_s * per_s
         for part in range(len(PARTS)):
-            candidates[at + _PARTS + part] = _clip(_log(parts[part] * per_s), _PARTS)
+            candidates[row, _PARTS + part] = parts[part] * per_s
         for part in range(_NUM_HELD):
-            candidates[at + _HELD + part] = _clip(parts[part] * rate_hz, _HELD)
+            candidates[row, _HELD + part] = min(max(parts[part] * rate_hz, _HELD_LOW), _HELD_HIGH)
         for tier in range(3):
-            candidates[at + _USES + tier] = r.has_layers[row, tier]
-        candidates[at + _WARM] = 0.5  # nodes do not tell which segments they hold
+            candidates[row, _USES + tier] = r.has_layers[row, tier]
+        candidates[row, _WARM] = 0.5  # nodes do not tell which segments they hold
         down = nodes_down(r, v, row)
         if down < least_down:
             best_s, least_down = math.inf, down
