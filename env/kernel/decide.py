@@ -293,11 +293,11 @@ def predict(r: Plans, v: View, row: int) -> Parts:
     down_s, down_trip_s, down_codec_s, is_coded = _transfer(r, v, row, 3, is_coded)
     trips_s = up_trip_s + on_trip_s + back_trip_s + down_trip_s
     codec_s = r.plain_codec_s[row] + up_codec_s + on_codec_s + back_codec_s + down_codec_s
-    wait_uplink_s = wait_backbone_s = 0.0
-    if r.has_hop[row, 0] != 0:
-        wait_uplink_s = max(v.uplink_backlog_bytes * v.s_per_byte[r.link[row, 0]] - device_s, 0.0)
-    if r.has_hop[row, 1] != 0:
-        wait_backbone_s = v.backlog_bytes[r.link[row, 1]] * v.s_per_byte[r.link[row, 1]]
+    up, on = r.link[row, 0], r.link[row, 1]
+    wait_uplink_s = max(v.uplink_backlog_bytes * v.s_per_byte[up] - device_s, 0.0)
+    wait_backbone_s = v.backlog_bytes[on] * v.s_per_byte[on]
+    wait_uplink_s = wait_uplink_s if r.has_hop[row, 0] != 0 else 0.0
+    wait_backbone_s = wait_backbone_s if r.has_hop[row, 1] != 0 else 0.0
     return (
         device_s, edge_s, cloud_s, up_s, on_s, back_s, down_s, trips_s, codec_s, wait_device_s, wait_uplink_s,
         wait_backbone_s, queue_s, r.message_s[row],
@@ -307,16 +307,20 @@ def predict(r: Plans, v: View, row: int) -> Parts:
 @compiled
 def _transfer(r: Plans, v: View, row: int, hop: int, is_coded: bool) -> tuple[float, float, float, bool]:
     """Seconds on a link, of its half round trip and of the codec, and whether it is sent coded."""
-    if r.has_hop[row, hop] == 0:
-        return 0.0, 0.0, 0.0, is_coded
-    link = r.link[row, hop]
-    saved_s = r.saved_bytes[row, hop] * v.s_per_byte[link]
-    if hop % 2 == 0 or r.is_relayed[row] == 0:  # the head passes on what came in as it came
-        is_coded = saved_s > r.coding_s[row, hop]
-    sent_s = (r.plain_bytes[row, hop] + r.has_input[row, hop] * v.input_bytes) * v.s_per_byte[link]
-    if is_coded:
-        return sent_s - saved_s, v.half_rtt_s[link], r.coding_s[row, hop], True
-    return sent_s, v.half_rtt_s[link], 0.0, False
+    # No branches: plans differ, so that every other one would be guessed wrong.
+    has_hop, link, coding_s = r.has_hop[row, hop] != 0, r.link[row, hop], r.coding_s[row, hop]
+    s_per_byte, half_rtt_s = v.s_per_byte[link], v.half_rtt_s[link]
+    saved_s = r.saved_bytes[row, hop] * s_per_byte
+    sent_s = (r.plain_bytes[row, hop] + r.has_input[row, hop] * v.input_bytes) * s_per_byte
+    chooses = has_hop & ((hop % 2 == 0) | (r.is_relayed[row] == 0))  # the head passes on what came in as it came
+    is_coded = (chooses & (saved_s > coding_s)) | (is_coded & (not chooses))
+    sent_s -= saved_s if is_coded else 0.0
+    return (
+        sent_s if has_hop else 0.0,
+        half_rtt_s if has_hop else 0.0,
+        coding_s if has_hop & is_coded else 0.0,
+        is_coded,
+    )
 
 
 @compiled

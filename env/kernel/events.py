@@ -1,6 +1,7 @@
-"""The calendar of a lane: a short unsorted list, the earliest first, of equal ones the one put in first."""
+"""The calendar of a lane: a list sorted by time, the earliest last, of equal ones the one put in first behind the others.
 
-import numpy as np
+What is put in comes soon, most often: little is moved.
+"""
 
 from env.kernel.compiled import compiled, constants
 from env.kernel.layout import EVENTS, Lane
@@ -14,10 +15,17 @@ def push(s: Lane, at_s: float, kind: int, what: int, version: int) -> None:
     count = s.event_count
     if count == EVENTS:
         count = _compact(s)
-    s.event_s[count] = at_s
-    s.event_kind[count] = kind
-    s.event_id[count] = what
-    s.event_version[count] = version
+    at = count
+    while at > 0 and s.event_s[at - 1] <= at_s:
+        s.event_s[at] = s.event_s[at - 1]
+        s.event_kind[at] = s.event_kind[at - 1]
+        s.event_id[at] = s.event_id[at - 1]
+        s.event_version[at] = s.event_version[at - 1]
+        at -= 1
+    s.event_s[at] = at_s
+    s.event_kind[at] = kind
+    s.event_id[at] = what
+    s.event_version[at] = version
     s.event_count = count + 1
 
 
@@ -55,35 +63,11 @@ def is_current(s: Lane, at: int) -> bool:
 def take_next(s: Lane) -> tuple[int, int]:
     """Go on to the next event that still means anything, and take it out: its kind, and what it is of."""
     while True:
-        at = _earliest(s)
-        at_s, kind, what = s.event_s[at], s.event_kind[at], s.event_id[at]
-        is_valid = is_current(s, at)
-        _remove(s, at)
-        if is_valid:
-            s.now_s = at_s
-            return kind, what
-
-
-@compiled
-def _earliest(s: Lane) -> int:
-    best, best_s = 0, np.inf
-    for at in range(s.event_count):
-        if s.event_s[at] < best_s:
-            best_s = s.event_s[at]
-            best = at
-    return best
-
-
-@compiled
-def _remove(s: Lane, at: int) -> None:
-    """Take an event out; the order of the others stays."""
-    last = s.event_count - 1
-    for k in range(at, last):
-        s.event_s[k] = s.event_s[k + 1]
-        s.event_kind[k] = s.event_kind[k + 1]
-        s.event_id[k] = s.event_id[k + 1]
-        s.event_version[k] = s.event_version[k + 1]
-    s.event_count = last
+        at = s.event_count - 1
+        s.event_count = at
+        if is_current(s, at):
+            s.now_s = s.event_s[at]
+            return s.event_kind[at], s.event_id[at]
 
 
 @compiled
