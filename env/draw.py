@@ -74,7 +74,7 @@ def draw_world(
         rates_bps: of the access links, downwards, shape (EDGES, MAX_STEPS); without, fitted families are played.
         recorded: loads of each node over its mean, shape (NODES, MAX_STEPS); without, fitted families are played.
     """
-    streams, (plans, _) = make_streams(seed), plans_of(site)
+    streams, (plans, tiles, _) = make_streams(seed), plans_of(site)
     costs = site.candidates.costs
     num_nodes, num_links = len(costs.layout.nodes), len(costs.layout.links)
     num_clients = 1
@@ -88,8 +88,8 @@ def draw_world(
     table, levels = _tables()
     work = _SCRATCH
     until_s = kernel.draw(
-        SCENARIOS.index(kind), streams, place_of(site), plans, work.views, table, levels, rates_bps, recorded, grid, scale,
-        shift, is_warm, requests, work.loads, work.sizes, work.busy,
+        SCENARIOS.index(kind), streams, place_of(site), plans, tiles, work.views, table, levels, rates_bps, recorded, grid,
+        scale, shift, is_warm, requests, work.loads, work.sizes, work.busy,
     )  # fmt: skip
     kernel.draw_backgrounds(streams, work.loads, work.sizes, until_s, work.background, work.counts)
     return World(

@@ -44,6 +44,11 @@ class Ranges:
     backbone_rtt_s: Range = (0.005, 0.04)
     """Round trip from an edge node to the cloud, log."""
 
+    peer_bps: Range = (0.3e9, 1e9)
+    """Between edge nodes, log: a wired switch, shared with others at worst. The same both ways, as long as an episode."""
+    peer_rtt_s: Range = (0.0002, 0.001)
+    """Round trip between edge nodes, log: a switch or two between processes that answer at once."""
+
     # --- load
     utilisation: Range = (0.1, 0.7)
     """Mean share of a node's time that background requests take."""

@@ -1,7 +1,7 @@
 """What a site is to compiled functions: its plans and what worlds at it are drawn from, as records made once."""
 
 from functools import lru_cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -10,10 +10,15 @@ from env.families import load_families
 from env.kernel import layout
 from env.kernel.layout import ROWS, make_records
 from env.site import Site
+from env.traces import FloatArray
 from env.world import paths_of
 from runtime.planning.candidates import NUM_CANDIDATES
+from runtime.planning.cost import sum_layers
 from runtime.planning.features import find_slots
-from runtime.planning.rows import PlanCosts
+from runtime.planning.problem import PlanningProblem
+from runtime.planning.rows import PlanCosts, compile_plan
+from runtime.planning.tiles import tile_node, tile_seconds
+from runtime.planning.tiling import plan_tiles
 from runtime.types import DEVICE_NODE, Plan, Tier
 
 Segments: TypeAlias = dict[tuple[int, tuple[int, ...]], int]
@@ -23,12 +28,23 @@ _ROW_FIELDS = (
     "node", "idle_s", "has_layers", "link", "has_hop", "plain_bytes", "saved_bytes", "coding_s", "has_input",
     "plain_codec_s", "is_relayed", "message_s",
 )  # fmt: skip
-_PLANS: "WeakKeyDictionary[Site, tuple[layout.Plans, Segments]]" = WeakKeyDictionary()
+_PLANS: "WeakKeyDictionary[Site, SitePlans]" = WeakKeyDictionary()
 _PLACES: "WeakKeyDictionary[Site, layout.Place]" = WeakKeyDictionary()
 
 
-def plans_of(site: Site) -> tuple[layout.Plans, Segments]:
-    """All that a lane holds of a site: one record of `PLANS` in an array, and the segments that are numbered in it."""
+class SitePlans(NamedTuple):
+    """All that a lane holds of a site."""
+
+    plans: layout.Plans
+    """One record of `PLANS` in an array."""
+    tiles: FloatArray
+    """(T, TILE_COLUMNS) tiles of the candidates."""
+    segments: Segments
+    """Those that are numbered in the record."""
+
+
+def plans_of(site: Site) -> SitePlans:
+    """Compile a site's candidates."""
     known = _PLANS.get(site)
     if known is None:
         known = _PLANS[site] = _make_plans(site)
@@ -51,6 +67,28 @@ def put_rows(plans: layout.Plans, where: slice, costs: PlanCosts) -> None:
     plans["needs"][where] = needs @ (1 << np.arange(needs.shape[1], dtype=np.uint8))
 
 
+def put_tiles(plans: layout.Plans, row: int, first: int, site: Site, plan: Plan) -> FloatArray:
+    """Write of a plan which tiles it has: from the first-th of the lane on. Returns them, shape (tiles, TILE_COLUMNS)."""
+    table = _tiles_of(site.problem, plan)
+    plans["num_peers"][row] = len(plan.edge_nodes) - 1 if len(table) else 0
+    plans["first_tile"][row], plans["num_tiles"][row] = first, len(table)
+    return table
+
+
+def _tiles_of(problem: PlanningProblem, plan: Plan) -> FloatArray:
+    rows, graph = compile_plan(problem, plan).tiles, problem.graph
+    if rows is None:
+        return np.zeros((0, layout.TILE_COLUMNS))
+    head, alone_s = problem.profile.nodes[plan.edge_nodes[0]], list[float]()
+    for span in plan.tiles:
+        tiling = plan_tiles(graph, span)
+        whole_s = sum_layers(head.layer_s, tiling.stage.layers)
+        alone_s += [whole_s, *tile_seconds(graph, tiling, tile_node(head))[1:]]
+    links = (np.where(rows.is_peer > 0, links, -1) for links in (rows.there, rows.back))
+    columns = (rows.node, *links, rows.idle_s, rows.there_bytes, rows.back_bytes, rows.fixed_s, alone_s)
+    return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+
+
 def number_segments(known: Segments, site: Site, plan: Plan) -> list[int]:
     """Number the segments of a plan: equal ones of a lane get one number."""
     slot = site.candidates.costs.layout.node_slot
@@ -65,8 +103,8 @@ def _layers(plan: Plan, tier: Tier, entry: int) -> tuple[int, ...]:
     return tuple(i for i in range(entry, len(plan.tiers)) if plan.tiers[i] is tier)
 
 
-def _make_plans(site: Site) -> tuple[layout.Plans, Segments]:
-    records, segments = make_records(layout.PLANS, 1), Segments()
+def _make_plans(site: Site) -> SitePlans:
+    records, segments, tiles = make_records(layout.PLANS, 1), Segments(), [np.zeros((0, layout.TILE_COLUMNS))]
     plans, slots = records[0], site.candidates.costs.layout
     plans.num_links, plans.num_nodes = len(slots.links), len(slots.nodes)
     for at, (source, target) in enumerate(slots.links):
@@ -83,10 +121,13 @@ def _make_plans(site: Site) -> tuple[layout.Plans, Segments]:
     put_rows(plans, slice(0, NUM_CANDIDATES), site.candidates.costs)
     for at, plan in enumerate(site.candidates.plans):
         plans.segment[at] = number_segments(segments, site, plan)
+        if plan.tiles and at < site.candidates.num_plans:
+            tiles.append(put_tiles(plans, at, sum(map(len, tiles)), site, plan))
+    plans.num_tiled = len(tiles) - 1
     shown = find_slots(site.problem, site.candidates)
     plans.shown_node, plans.shown_link = shown.nodes, shown.links
     plans.reference_s, plans.reference_bytes = shown.reference_s, shown.reference_bytes
-    return records, segments
+    return SitePlans(records, np.concatenate(tiles), segments)
 
 
 def _make_place(site: Site) -> layout.Place:

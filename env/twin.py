@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from env.kernel import layout, run
 from env.kernel.layout import CLIENTS, NODES, ROWS, make_records
-from env.records import Segments, number_segments, plans_of, put_rows
+from env.records import Segments, number_segments, plans_of, put_rows, put_tiles
 from env.site import Site
 from env.traces import FloatArray
 from env.world import World
@@ -68,6 +68,7 @@ class Twin:
             courses=make_records(layout.COURSE, num_lanes),
             requests=np.zeros((num_lanes, CLIENTS, num_requests, layout.REQUEST_COLUMNS)),
             meters=make_records(layout.METERS, num_all + 1),
+            tiles=np.zeros((num_lanes, 0, layout.TILE_COLUMNS)),
             fates=np.zeros((num_all + 1, num_requests, layout.FATE_COLUMNS)),
         )
         self._worlds.courses["grid"] = 1.0
@@ -87,6 +88,7 @@ class Twin:
         self._sites: list[Site | None] = [None] * num_lanes
         self._segments: list[Segments] = [{} for _ in range(num_lanes)]
         self._extra: list[dict[Plan, int]] = [{} for _ in range(num_lanes)]  # rows of other plans, the oldest first
+        self._num_tiles = [0] * num_lanes
 
     def load(self, lane: int, site: Site, world: World) -> None:
         """Put a site and an episode's world into a lane.
@@ -104,13 +106,17 @@ class Twin:
         self._extra[lane] = {}
         plans = self._plans
         plans["padding"][lane, NUM_CANDIDATES:] = 1
+        plans["num_peers"][lane, NUM_CANDIDATES:] = 0
+        plans["num_tiled"][lane] = np.count_nonzero(plans["num_peers"][lane])
+        self._num_tiles[lane] = len(plans_of(site).tiles)
         self._load_world(lane, world)
         self._is_warm[lane] = 0
         self._is_warm[lane, plans["segment"][lane, :NUM_CANDIDATES][: len(world.is_warm)][world.is_warm]] = 1
 
     def _load_site(self, lane: int, site: Site) -> None:
-        plans, segments = plans_of(site)
+        plans, tiles, segments = plans_of(site)
         _bytes_of(self._plans)[lane] = _bytes_of(plans)[0]
+        self._put_tiles(lane, 0, tiles)
         self._sites[lane], self._segments[lane] = site, segments.copy()
 
     def _load_world(self, lane: int, world: World) -> None:
@@ -138,6 +144,16 @@ class Twin:
         table[..., layout.ARRIVES], table[..., layout.INPUT] = world.arrivals_s, world.input_bytes
         table[..., layout.DEADLINE], table[..., layout.NOISE :] = world.deadline_s, world.noise
 
+    def _put_tiles(self, lane: int, first: int, tiles: FloatArray) -> None:
+        """Write tiles of a lane's plans; there is room for as many as some lane has had."""
+        known = self._worlds.tiles
+        if first + len(tiles) > known.shape[1]:
+            more = np.zeros((len(known), max(first + len(tiles), 2 * known.shape[1]), layout.TILE_COLUMNS))
+            more[:, : known.shape[1]] = known
+            self._worlds = self._worlds._replace(tiles=more)
+        self._worlds.tiles[lane, first : first + len(tiles)] = tiles
+        self._num_tiles[lane] = first + len(tiles)
+
     def add_plan(self, lane: int, plan: Plan) -> int:
         """Give any legal plan a row, so that it can be chosen as the candidates are; a lane that stands at a request.
 
@@ -162,6 +178,8 @@ class Twin:
         put_rows(self._plans[lane], slice(row, row + 1), costs)
         self._plans["segment"][lane, row] = number_segments(self._segments[lane], site, plan)
         self._plans["padding"][lane, row] = 2
+        self._put_tiles(lane, first := self._num_tiles[lane], put_tiles(self._plans[lane], row, first, site, plan))
+        self._plans["num_tiled"][lane] = np.count_nonzero(self._plans["num_peers"][lane])
         # The request at hand was weighed before there was this row.
         state = self.state_arrays(site, np.array([lane]))
         self._lanes["predicted_total_s"][lane, row] = predict_total(costs, tuned_arrays(state), state)[0, 0]

@@ -30,6 +30,8 @@ from env.kernel.layout import (
     World,
 )
 from env.kernel.links import LAST_SAMPLE, LINK_QUEUE, SAMPLE_RATE, hop_bytes, rtt_at, server_of, sum_samples
+from env.kernel.tiles import weigh_spans
+from env.world import PEERS
 from runtime.planning.candidates import NUM_CANDIDATES
 from runtime.planning.cost import PARTS
 from runtime.planning.estimators import MIN_BANDWIDTH_BPS, NOMINAL_BANDWIDTH_BPS, NOMINAL_RTT_S, TunedSettings
@@ -186,6 +188,28 @@ def glance(w: World, requests: Requests, r: Plans, s: Lane, v: View, client: int
             v.down |= 1 << node
     v.device_backlog_s = device_backlog_s(r, s, client)
     v.input_bytes = requests[client, s.next_request[client], INPUT]
+    if r.num_tiled > 0:
+        _glance_tiles(w, r, s, v, client)
+
+
+@compiled
+def _glance_tiles(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
+    """The same of the links between edge nodes, and what spans in tiles then take."""
+    for link in range(r.num_links):
+        if r.path[link] == PEERS:
+            _glance_link(w, r, s, v, client, link)
+    for link in range(r.num_links):
+        if r.path[link] == PEERS:
+            _complete(r, v, link)
+    for link in range(r.num_links):
+        if r.path[link] == PEERS:
+            v.s_per_byte[link] = 8.0 / v.s_per_byte[link]
+            v.half_rtt_s[link] *= 0.5
+    v.untold = ZERO
+    for node in range(1, r.num_nodes):
+        if s.heard_s[client, node] == -math.inf:
+            v.untold |= 1 << node
+    weigh_spans(w.tiles, r, v)
 
 
 @compiled
@@ -268,11 +292,13 @@ def weigh(r: Plans, v: View) -> tuple[int, float]:
 
 @compiled
 def nodes_down(r: Plans, v: View, row: int) -> int:
-    """How many of the nodes that a plan needs are down."""
+    """How many of the nodes that a plan needs are down, and of its tiles' links not connected."""
     both, down = r.needs[row] & v.down, 0
     while both:
         both &= both - 1
         down += 1
+    if r.num_peers[row] > 0 and (v.untold >> r.node[row, 1]) & 1:
+        down += r.num_peers[row]  # nor is its head connected to them, as far as is known
     return down
 
 
@@ -282,6 +308,8 @@ def predict(r: Plans, v: View, row: int) -> Parts:
     device, edge, cloud = r.node[row, 0], r.node[row, 1], r.node[row, 2]
     device_s = v.k[device] * r.idle_s[row, 0]
     edge_s = v.k[edge] * r.idle_s[row, 1]
+    if r.num_peers[row] > 0:
+        edge_s += v.tiled_s[row]
     cloud_s = v.k[cloud] * r.idle_s[row, 2]
     queue_s = v.q_s[device] * r.has_layers[row, 0]
     queue_s += v.q_s[edge] * r.has_layers[row, 1]

@@ -28,6 +28,7 @@ from env.kernel.layout import (
 )
 from env.kernel.load import WAIT_OF_LOAD, add_co_tenant, fill_background, limit_load, mean
 from env.kernel.random import Stream, below, between, exponential, log_between, normal, uniform
+from env.kernel.tiles import weigh_spans
 from env.traces import FLOOR_BPS, GRID_S
 from env.world import BACKBONE, DEVICE_CLOUD, PEERS
 from runtime.planning.candidates import NUM_CANDIDATES
@@ -46,7 +47,6 @@ DEADLINE_FLOOR_S = 0.05
 _AFTER_S = 10.0
 """Background requests are drawn until so long, and two deadlines, after the last arrival of client 0."""
 
-_PEER_BPS, _PEER_RTT_S = 1e9, 0.001
 _BACKBONE_SIGMA, _BACKBONE_S = 0.2, 10.0
 _JITTER_FRAC = 0.05  # of the gap between frames in `streaming`
 _BUSY_MAX = 0.9
@@ -61,6 +61,7 @@ def draw(
     streams: Array,
     p: Array,
     plans: Array,
+    tiles: Array,
     views: Array,
     families: Array,
     levels: Array,
@@ -82,6 +83,7 @@ def draw(
         streams: one row of words per stream.
         p: one record of `PLACE`.
         plans: one record of `PLANS`, the site's.
+        tiles: of those plans, (T, TILE_COLUMNS).
         views: one record of `VIEW`, to predict with.
         families: records of `FAMILY`; the place says which are of its links.
         levels: two of them: of nodes' load over time, and of how it differs between nodes.
@@ -114,7 +116,7 @@ def draw(
         _add_outages(stream, place, grid)
     if kind == HANDOVER:
         _add_handovers(stream, place, grid)
-    gap_s = _gap_s(kind, stream, place, r, views[0], grid, scale, sizes, busy, len(shift))
+    gap_s = _gap_s(kind, stream, place, r, tiles, views[0], grid, scale, sizes, busy, len(shift))
     warm_frac = between(stream, place.warm_frac)
     for plan in range(place.num_plans):
         is_warm[plan] = uniform(stream) < warm_frac
@@ -188,8 +190,9 @@ def _draw_links(
     _fill(grid[RTT + DEVICE_CLOUD], grid[RTT, 0] + log_between(stream, p.cloud_rtt_s))
     _fill(grid[BACKBONE], log_between(stream, p.backbone_bps))
     _fill(grid[RTT + BACKBONE], log_between(stream, p.backbone_rtt_s))
-    _fill(grid[PEERS], _PEER_BPS)
-    _fill(grid[RTT + PEERS], _PEER_RTT_S)
+    own = streams[OF_PATHS + PEERS]
+    _fill(grid[PEERS], log_between(own, p.peer_bps))
+    _fill(grid[RTT + PEERS], log_between(own, p.peer_rtt_s))
     if kind == STATIC or kind == LOAD:
         for path in range(DEVICE_CLOUD + 1):
             _fill(grid[path], _steady_bps(grid[path]))
@@ -292,6 +295,7 @@ def _gap_s(
     stream: Stream,
     p: Place,
     r: Plans,
+    tiles: Array,
     v: View,
     grid: Array,
     scale: Array,
@@ -309,6 +313,8 @@ def _gap_s(
         k = mean(grid[CONTENTION + node])
         v.k[node] = k
         v.q_s[node] = WAIT_OF_LOAD * busy[node] / (1.0 - min(busy[node], _BUSY_MAX)) * sizes[node] * k
+    if r.num_tiled > 0:
+        weigh_spans(tiles, r, v)
     best, best_s = ZERO, math.inf
     for row in range(NUM_CANDIDATES):
         if r.padding[row] == 0:
@@ -325,7 +331,10 @@ def _bottleneck_s(r: Plans, v: View, plan: int, busy: Array, num_clients: int) -
     longest_s = 0.0
     for tier in range(3):
         node = r.node[plan, tier]
-        compute_s = r.idle_s[plan, tier] * v.k[node] / (1.0 - busy[node])
+        compute_s = r.idle_s[plan, tier] * v.k[node]
+        if tier == 1 and r.num_peers[plan] > 0:
+            compute_s += v.tiled_s[plan]
+        compute_s /= 1.0 - busy[node]
         longest_s = max(longest_s, compute_s if tier == 0 else compute_s * num_clients)
     for hop in range(4):
         if r.has_hop[plan, hop] != 0:

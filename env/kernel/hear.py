@@ -11,11 +11,11 @@ from env.kernel.layout import (
     World,
 )
 from env.kernel.life import answered, finish_here, lost, withdraw
+from env.kernel.links import LOST_AFTER_S
 from env.traces import FLOOR_BPS
 
 STATUS_S = 0.5
-LOST_AFTER_S = 2.0
-"""As in `runtime.node.worker` and `runtime.wire.events.Limits`."""
+"""As in `runtime.node.worker`."""
 
 PROBE_AFTER_S = 5.0
 PROBE_S = 0.05

@@ -55,6 +55,12 @@ ARRIVES, INPUT, DEADLINE, NOISE = range(4)
 REQUEST_COLUMNS = NOISE + 3
 """Columns of the requests; the last three: noise of each tier."""
 
+NODE_AT, THERE, BACK, IDLE_S, THERE_BYTES, BACK_BYTES, FIXED_S, ALONE_S = range(8)
+TILE_COLUMNS = 8
+"""Columns of the tiles: node, links from the head and back (-1: the head's own tile, with which each span begins), idle
+seconds there, bytes, fixed seconds of both messages, and what the head needs if it is left to do it: the tile, or at its
+own tile the whole span in one piece."""
+
 LATENCY, OUTCOME = range(2)
 FATE_COLUMNS = 2
 """Columns of what becomes of client 0's requests."""
@@ -83,11 +89,12 @@ View: TypeAlias = Any
 class World(NamedTuple):
     """What happens in one lane whatever is decided, and what is measured of it.
 
-    Records only: they are passed as pointers, and arrays with all their lengths and strides at every call.
+    Records where it can be: they are passed as pointers, and arrays with all their lengths and strides at every call.
     """
 
     course: Any  # of `COURSE`
     meters: Any  # of `METERS`
+    tiles: Any  # (T, TILE_COLUMNS) of the lane's plans, in the order of rows, of the spans in them and of the nodes in those
 
 
 class Worlds(NamedTuple):
@@ -99,6 +106,7 @@ class Worlds(NamedTuple):
 
     courses: Any  # (lanes,) of `COURSE`
     requests: Any  # (lanes, CLIENTS, R, REQUEST_COLUMNS)
+    tiles: Any  # (lanes, T, TILE_COLUMNS)
     meters: Any  # (lanes + forks + 1,) of `METERS`
     fates: Any  # (lanes + forks + 1, R, FATE_COLUMNS)
 
@@ -112,7 +120,11 @@ class Seen(NamedTuple):
 
 
 _I, _F, _B = np.int64, np.float64, np.uint8  # numba takes no array of bool inside a record
-_S, _H = np.int8, np.int16  # what every step reads of a plan is kept small: lanes do not fit into a core's own cache
+_S, _H, _L = (
+    np.int8,
+    np.int16,
+    np.int32,
+)  # what every step reads of a plan is kept small: lanes do not fit into a core's own cache
 
 _Table: TypeAlias = list[tuple[Any, ...]]
 
@@ -135,14 +147,17 @@ PLANS = np.dtype(
     + _fields(_S, "link_source link_target reverse path", LINKS)
     + _fields(_S, "back_link", NODES)  # from a node to the device
     + _fields(_F, "scale", LINKS)
-    + _fields(_I, "num_links num_nodes num_clients num_requests")
+    + _fields(_I, "num_links num_nodes num_clients num_requests num_tiled")  # the last: rows that have tiles
     + _fields(_I, "shift", CLIENTS)
     + _fields(_I, "bg_count", NODES)
     + _fields(_F, "local_s")  # whole model on the device; inf where it has none
     # What is shown to a policy (`runtime.planning.features.Slots`).
     + _fields(_S, "shown_node", SHOWN_NODES)
     + _fields(_S, "shown_link", SHOWN_LINKS)
-    + _fields(_F, "reference_s reference_bytes"),
+    + _fields(_F, "reference_s reference_bytes")
+    # Last what most plans have none of.
+    + _fields(_S, "num_peers", ROWS)  # nodes that run tiles for the head
+    + _fields(_L, "first_tile num_tiles", ROWS),
     align=True,
 )
 """Plans of a lane (`runtime.planning.rows.PlanCosts`), and what else stands still during an episode."""
@@ -180,7 +195,12 @@ LANE = np.dtype(
     + _fields(_B, "is_up", CLIENTS, NODES)
     + _fields(_B, "is_over")
     + _fields(_B, "is_warm", 3 * ROWS)
-    + _fields(_F, "predicted_total_s", ROWS),  # by the planner, of client 0's request at hand
+    + _fields(_F, "predicted_total_s", ROWS)  # by the planner, of client 0's request at hand
+    # Requests in tiles: the next of the plan's, those that are out, what is left to the head. Tiles that are out have a
+    # slot each: of which request, and which tile.
+    + _fields(_B, "is_span_open", SLOTS)
+    + _fields(_L, "parent tile num_out", SLOTS)
+    + _fields(_F, "left_s scattered_s crossing_s", SLOTS),
     align=True,
 )
 """Everything that changes during an episode."""
@@ -212,16 +232,16 @@ VIEW = np.dtype(
     _fields(_F, "s_per_byte half_rtt_s backlog_bytes", LINKS)
     + _fields(_F, "k q_s", NODES)
     + _fields(_F, "device_backlog_s uplink_backlog_bytes input_bytes")
-    + _fields(_I, "down")  # a bit per node
-    + _fields(_F, "total_s", ROWS),  # predicted by the planner
+    + _fields(_I, "down untold")  # a bit per node; the second where it has never told of its links
+    + _fields(_F, "tiled_s", ROWS),  # of the spans in tiles; nothing where a plan has none
     align=True,
 )
 """What the planner makes of that under the tuned estimators: all that a prediction needs."""
 
 BOUNDED = (
-    "uplink_frac access_scale edge_rtt_s cloud_rtt_s backbone_bps backbone_rtt_s utilisation background_size co_tenant "
-    "co_tenant_on_s gap gap_streaming deadline_factor outage_gap_s outage_s handover_every_s handover_outage_s "
-    "handover_weak warm_frac"
+    "uplink_frac access_scale edge_rtt_s cloud_rtt_s backbone_bps backbone_rtt_s peer_bps peer_rtt_s utilisation "
+    "background_size co_tenant co_tenant_on_s gap gap_streaming deadline_factor outage_gap_s outage_s "
+    "handover_every_s handover_outage_s handover_weak warm_frac"
 )
 SINGLE = "utilisation_max service_noise utilisation_cap input_sigma handover_rtt_s"
 """What worlds are drawn from, of `env.ranges.Ranges`."""

@@ -3,27 +3,26 @@
 import math
 
 from env.kernel import device as dev
-from env.kernel import links, nodes
+from env.kernel import links, nodes, tiles
 from env.kernel.compiled import ZERO, compiled, constants, wide
 from env.kernel.device import LOCAL_NONE, LOCAL_WANTED
-from env.kernel.events import ARRIVAL, DELAY, push
+from env.kernel.events import ARRIVAL, push
 from env.kernel.layout import (
     ARRIVES,
     DEADLINE,
     INPUT,
     NOISE,
     SAMPLES,
-    SLOTS,
     Lane,
     Plans,
     Requests,
     World,
 )
 from env.kernel.links import (
-    DELAYED,
     DO_SEND,
     LINK_FLIGHT,
     NODE_QUEUE,
+    NODE_READY,
     NODE_RUN,
     NOWHERE,
 )
@@ -46,7 +45,7 @@ def submit(w: World, requests: Requests, r: Plans, s: Lane, client: int, row: in
     s.next_request[client] += 1
     if s.next_request[client] < r.num_requests:
         push(s, requests[client, number + 1, ARRIVES], ARRIVAL, client, ZERO)
-    slot = _free_slot(s)
+    slot = links.free_slot(s)
     if slot < 0:
         _record(s, client, number, math.inf, FAILED)
         return
@@ -68,15 +67,6 @@ def submit(w: World, requests: Requests, r: Plans, s: Lane, client: int, row: in
     else:
         dev.guard(r, s, slot)
         stage_done(w, r, s, slot)
-
-
-@compiled
-def _free_slot(s: Lane) -> int:
-    for slot in range(SLOTS):
-        if not s.is_active[slot]:
-            s.top = max(s.top, slot + 1)
-            return slot
-    return -1
 
 
 @compiled
@@ -114,15 +104,7 @@ def encode(w: World, r: Plans, s: Lane, slot: int, extra_s: float) -> None:
         saved_s = 0.0 if math.isnan(bps) else r.saved_bytes[row, hop] * 8.0 / bps
         s.is_coded[slot] = saved_s > r.coding_s[row, hop]
     delay_s = extra_s + (r.coding_s[row, hop] if s.is_coded[slot] else 0.0)
-    delay(w, r, s, slot, delay_s, DO_SEND)
-
-
-@compiled
-def delay(w: World, r: Plans, s: Lane, slot: int, delay_s: float, todo: int) -> None:
-    """Let a request wait, and say what to do then."""
-    s.place[slot] = DELAYED
-    s.todo[slot] = todo
-    push(s, s.now_s + delay_s, DELAY, slot, s.version[slot])
+    links.delay(s, slot, delay_s, DO_SEND)
 
 
 @compiled
@@ -158,13 +140,10 @@ def end(w: World, r: Plans, s: Lane, slot: int, outcome: int) -> None:
     if outcome != REMOTE and s.is_remote[slot]:
         _unanswered(s, client, s.target[slot])
         withdraw(w, r, s, slot)
-    s.is_active[slot] = False
-    s.version[slot] += 1
     if s.device_slot[client] == slot:  # the answer came while the device was at it too
         dev.stop(s, client)
     s.local[slot] = LOCAL_NONE
-    while s.top > 0 and not s.is_active[s.top - 1]:
-        s.top -= 1
+    links.release(s, slot)
     _record(s, client, s.number[slot], latency_s, outcome)
     dev.start_next(w, r, s, client)
 
@@ -184,7 +163,9 @@ def withdraw(w: World, r: Plans, s: Lane, slot: int) -> None:
     place, server = s.place[slot], s.server[slot]
     s.place[slot] = NOWHERE
     s.is_remote[slot] = False
-    if place == NODE_QUEUE or place == NODE_RUN:
+    if r.num_peers[s.row[slot]] > 0:
+        tiles.recall(w, r, s, slot)
+    if place == NODE_QUEUE or place == NODE_RUN or place == NODE_READY:
         s.place[slot] = place
         nodes.give_up(w, r, s, slot)
     elif place == LINK_FLIGHT and s.hop[slot] == 0 and s.link_slot[server] == slot:

@@ -19,6 +19,7 @@ from env.kernel.layout import (
     METER,
     RTT,
     SAMPLES,
+    SLOTS,
     STEPS,
     WEIGHT,
     Lane,
@@ -28,11 +29,14 @@ from env.kernel.layout import (
 from env.traces import GRID_S
 from runtime.planning.estimators import MIN_BANDWIDTH_BPS, TunedSettings
 
-NOWHERE, DEVICE_QUEUE, LINK_QUEUE, LINK_FLIGHT, NODE_QUEUE, NODE_RUN, DELAYED = constants(7)
-"""Places of a request's remote part (`Lanes.place`)."""
+NOWHERE, DEVICE_QUEUE, LINK_QUEUE, LINK_FLIGHT, NODE_QUEUE, NODE_RUN, DELAYED, NODE_READY, GATHERING = constants(9)
+"""Places of a request's remote part (`Lanes.place`). The last two: at its head, all tiles back or some still out."""
 
-DO_SEND, DO_ARRIVE, DO_FAIL, DO_FINISH = constants(4)
-"""What a delay leads to (`Lanes.todo`)."""
+DO_SEND, DO_ARRIVE, DO_FAIL, DO_FINISH, DO_COMPUTE, DO_RETURN, DO_MISS, DO_GIVE_UP = constants(8)
+"""What a delay leads to (`Lanes.todo`); the last four with tiles: at its node, back, not to come, waited for too long."""
+
+LOST_AFTER_S = 2.0
+"""As in `runtime.wire.events.Limits`."""
 
 PROBE = cast(int, np.int64(-2))
 MIN_SAMPLE_BYTES = 16 * 1024.0
@@ -47,6 +51,33 @@ SAMPLE_RATE = -1.0 / TunedSettings().bandwidth_time_s
 _LOG_MIN_BPS = math.log(MIN_BANDWIDTH_BPS)
 _MEAN_SAMPLES = 100
 _MIN_TRANSFER_S = 1e-6
+
+
+@compiled
+def free_slot(s: Lane) -> int:
+    """A slot that no request has, -1 for none."""
+    for slot in range(SLOTS):
+        if not s.is_active[slot]:
+            s.top = max(s.top, slot + 1)
+            return slot
+    return -1
+
+
+@compiled
+def release(s: Lane, slot: int) -> None:
+    """Leave a slot; what was to come of it no longer counts."""
+    s.is_active[slot] = False
+    s.version[slot] += 1
+    while s.top > 0 and not s.is_active[s.top - 1]:
+        s.top -= 1
+
+
+@compiled
+def delay(s: Lane, slot: int, delay_s: float, todo: int) -> None:
+    """Let a request wait, and say what to do then."""
+    s.place[slot] = DELAYED
+    s.todo[slot] = todo
+    push(s, s.now_s + delay_s, DELAY, slot, s.version[slot])
 
 
 @compiled

@@ -10,8 +10,8 @@ from typing import Any
 
 from env.kernel.compiled import compiled
 from env.kernel.events import NODE, next_sequence, push
-from env.kernel.layout import CONTENTION, NODES, RING, STEPS, TICKS, Lane, Plans, World
-from env.kernel.links import NODE_QUEUE, NODE_RUN, first_waiting, step_of
+from env.kernel.layout import CONTENTION, IDLE_S, NODES, RING, STEPS, TICKS, Lane, Plans, World
+from env.kernel.links import GATHERING, NODE_QUEUE, NODE_READY, NODE_RUN, first_waiting, step_of
 from env.traces import GRID_S
 
 LAST_JOB = RING - 1
@@ -61,12 +61,15 @@ def _background_at(w: World, r: Plans, node: int, index: int) -> float:
 
 
 @compiled
-def take_background(w: World, r: Plans, s: Lane, node: int, until_s: float) -> None:
-    """Serve the background requests that came before an instant; one that finds the queue full is turned away."""
+def take_background(w: World, r: Plans, s: Lane, node: int, until_s: float, start_until_s: float) -> None:
+    """Serve the background requests that came before an instant, if they can start before another.
+
+    One that finds the queue full is turned away.
+    """
     count = r.bg_count[node]
     while True:
         at_s = _background_at(w, r, node, s.node_bg[node])
-        if at_s >= until_s:
+        if at_s >= until_s or max(s.node_free_s[node], at_s) >= start_until_s:
             return
         index = s.node_bg[node]
         service_s = w.course.background[NODES + node, index if index < count else index % count]
@@ -92,10 +95,14 @@ def queue_length(w: World, r: Plans, s: Lane, node: int, at_s: float) -> int:
     """Requests that wait at an instant, background included."""
     waiting = 0
     for slot in range(s.top):
-        if s.is_active[slot] and s.place[slot] == NODE_QUEUE and s.server[slot] == node:
+        if (
+            s.is_active[slot]
+            and s.server[slot] == node
+            and (s.place[slot] == NODE_QUEUE or s.place[slot] == NODE_READY)
+        ):
             waiting += 1
     if waiting == 0:
-        take_background(w, r, s, node, at_s)
+        take_background(w, r, s, node, at_s, math.inf)
     jobs = s.node_jobs[node]
     for back in range(1, min(jobs, RING) + 1):
         if s.ring_start_s[node, (jobs - back) & LAST_JOB] <= at_s:
@@ -111,25 +118,45 @@ def queue_length(w: World, r: Plans, s: Lane, node: int, at_s: float) -> int:
 @compiled
 def arrive(w: World, r: Plans, s: Lane, slot: int, node: int) -> bool:
     """Let a request join a node's queue; False when it is full."""
-    if queue_length(w, r, s, node, s.now_s) >= CAPACITY:
+    if queue_length(w, r, s, node, s.now_s) + _num_gathering(r, s, node) >= CAPACITY:
         return False
     s.place[slot] = NODE_QUEUE
     s.server[slot] = node
     s.queued[slot] = next_sequence(s)
     s.queued_s[slot] = s.now_s
-    if s.node_slot[node] < 0 and first_waiting(s, NODE_QUEUE, node) == slot:
-        _schedule(w, r, s, node)
+    if s.node_slot[node] < 0 and next_up(s, node) == slot:
+        schedule(w, r, s, node)
     return True
 
 
 @compiled
-def _schedule(w: World, r: Plans, s: Lane, node: int) -> None:
-    """Plan the start of the request that has waited longest."""
+def _num_gathering(r: Plans, s: Lane, node: int) -> int:
+    """Requests whose tiles are out: they count against the head's capacity."""
+    count = 0
+    if r.num_tiled > 0:
+        for slot in range(s.top):
+            if s.is_active[slot] and s.place[slot] == GATHERING and s.server[slot] == node:
+                count += 1
+    return count
+
+
+@compiled
+def next_up(s: Lane, node: int) -> int:
+    """Request that is next: one that goes on, else the one that has waited longest; -1 for none."""
+    slot = first_waiting(s, NODE_READY, node)
+    return slot if slot >= 0 else first_waiting(s, NODE_QUEUE, node)
+
+
+@compiled
+def schedule(w: World, r: Plans, s: Lane, node: int) -> None:
+    """Plan the start of the request that is next."""
     s.node_version[node] += 1
-    slot = first_waiting(s, NODE_QUEUE, node)
+    slot = next_up(s, node)
     if slot < 0:
         return
-    take_background(w, r, s, node, s.queued_s[slot])
+    # Who goes on stands ahead of the background requests that have not begun.
+    start_until_s = s.queued_s[slot] if s.place[slot] == NODE_READY else math.inf
+    take_background(w, r, s, node, s.queued_s[slot], start_until_s)
     start_s = max(s.node_free_s[node], s.queued_s[slot], s.now_s)
     push(s, start_s, NODE, node, s.node_version[node])
 
@@ -141,13 +168,16 @@ def start(w: World, r: Plans, s: Lane, node: int) -> int:
     Returns:
         -1, or the request when its time has run out: it is no longer in the queue.
     """
-    slot = first_waiting(s, NODE_QUEUE, node)
+    slot = next_up(s, node)
     now_s = s.now_s
     if now_s > s.deadline_at_s[slot]:
         s.place[slot] = 0
-        _schedule(w, r, s, node)
+        schedule(w, r, s, node)
         return int(slot)
     row, tier = s.row[slot], tier_of(r, s, slot)
+    if r.num_peers[row] > 0 and (s.place[slot] == NODE_READY or s.parent[slot] >= 0):
+        _start_tile(w, r, s, node, slot)
+        return -1
     noise = s.noise[slot, tier]
     factor = contention_at(w, node, now_s) * noise
     idle_s = r.idle_s[row, tier]
@@ -156,12 +186,52 @@ def start(w: World, r: Plans, s: Lane, node: int) -> int:
         s.is_warm[r.segment[row, tier]] = True
         cold_s = COLD_S + idle_s
     _note_job(s, node, now_s, now_s - s.queued_s[slot], (idle_s + cold_s) * factor, factor)
+    _run(s, node, slot)
+    if r.num_peers[row] > 0:
+        s.tile[slot], s.num_out[slot] = r.first_tile[row], 0
+        s.left_s[slot], s.is_span_open[slot] = 0.0, False
+    return -1
+
+
+@compiled
+def _start_tile(w: World, r: Plans, s: Lane, node: int, slot: int) -> None:
+    """Start a tile of another head's request; or what was left to the head of one that goes on."""
+    factor = contention_at(w, node, s.now_s) * head_noise(w, s, slot)
+    if s.parent[slot] >= 0:
+        idle_s = w.tiles[s.tile[slot], IDLE_S]
+        _note_job(s, node, s.now_s, s.now_s - s.queued_s[slot], idle_s * factor, factor)
+        _run(s, node, slot)
+        return
+    s.node_free_s[node] = s.now_s
+    _save(s, node)
+    go_on(s, node, slot, s.left_s[slot] * factor)
+    s.left_s[slot] = 0.0
+
+
+@compiled
+def head_noise(w: World, s: Lane, slot: int) -> float:
+    """Factor on the service of a request's edge share; its tiles have the same."""
+    request = s.parent[slot] if s.parent[slot] >= 0 else slot
+    return float(s.noise[request, 1])
+
+
+@compiled
+def go_on(s: Lane, node: int, slot: int, service_s: float) -> None:
+    """Let a request that runs compute for longer. It is no new job, and background requests that came wait again."""
+    s.node_bg[node], s.node_jobs[node] = s.saved_bg[node], s.saved_jobs[node]
+    s.node_free_s[node] = s.now_s + service_s
+    s.node_busy_s[node] = s.saved_busy_s[node] + service_s
+    _run(s, node, slot)
+
+
+@compiled
+def _run(s: Lane, node: int, slot: int) -> None:
+    """A request has the node until all that has started is done."""
     _save(s, node)
     s.place[slot] = NODE_RUN
     s.node_slot[node] = slot
     s.node_version[node] += 1
     push(s, s.node_free_s[node], NODE, node, s.node_version[node])
-    return -1
 
 
 @compiled
@@ -177,7 +247,7 @@ def done(w: World, r: Plans, s: Lane, node: int) -> int:
     """The request that runs has ended: give it, and plan the next."""
     slot = s.node_slot[node]
     s.node_slot[node] = -1
-    _schedule(w, r, s, node)
+    schedule(w, r, s, node)
     return int(slot)
 
 
@@ -193,9 +263,9 @@ def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
         s.node_jobs[node] = s.saved_jobs[node]
         s.node_busy_s[node] = s.saved_busy_s[node] - unused_s
         s.node_slot[node] = -1
-        _schedule(w, r, s, node)
+        schedule(w, r, s, node)
     elif s.node_slot[node] < 0:
-        _schedule(w, r, s, node)
+        schedule(w, r, s, node)
 
 
 @compiled

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from env.kernel import device as dev
-from env.kernel import links, nodes
+from env.kernel import links, nodes, tiles
 from env.kernel.compiled import ZERO, compiled, constants, entry, wide
 from env.kernel.decide import glance, predict, read_state, total, weigh
 from env.kernel.device import LOCAL_NONE
@@ -42,7 +42,6 @@ from env.kernel.life import (
     LOCAL,
     REMOTE,
     answered,
-    delay,
     encode,
     end,
     finish_here,
@@ -51,8 +50,10 @@ from env.kernel.life import (
 )
 from env.kernel.links import (
     DO_ARRIVE,
+    DO_COMPUTE,
     DO_FAIL,
     DO_FINISH,
+    DO_GIVE_UP,
     DO_SEND,
     NOWHERE,
 )
@@ -117,7 +118,11 @@ def _continue(w: World, r: Plans, s: Lane, slot: int) -> None:
             s.hop[slot] = 3
             encode(w, r, s, slot, 0.0)
         else:
-            delay(w, r, s, slot, r.message_s[row], DO_FINISH)
+            links.delay(s, slot, r.message_s[row], DO_FINISH)
+    elif todo == DO_GIVE_UP:
+        tiles.give_up(w, r, s, slot)
+    elif todo >= DO_COMPUTE:
+        tiles.reach(w, r, s, slot)
     else:
         answered(s, client, s.target[slot])
         if todo == DO_FINISH:
@@ -161,16 +166,25 @@ def _refuse(w: World, r: Plans, s: Lane, slot: int) -> None:
     back_s = links.rtt_at(w, r, client, wide(r.link[row, 3]), s.now_s) / 2.0
     if s.hop[slot] == 1:
         back_s += links.rtt_at(w, r, ZERO, wide(r.link[row, 2]), s.now_s) / 2.0
-    delay(w, r, s, slot, back_s, DO_FAIL)
+    links.delay(s, slot, back_s, DO_FAIL)
 
 
 @compiled
 def _node_event(w: World, r: Plans, s: Lane, node: int) -> None:
     if s.node_slot[node] < 0:
         late = nodes.start(w, r, s, node)
-        if late >= 0:
+        if late >= 0 and r.num_peers[s.row[late]] > 0 and s.parent[late] >= 0:
+            tiles.miss(w, r, s, late)
+        elif late >= 0:
             _refuse(w, r, s, late)
         return
+    slot = s.node_slot[node]
+    if r.num_peers[s.row[slot]] > 0 and s.hop[slot] == 0:
+        if s.parent[slot] >= 0:
+            tiles.computed(w, r, s, node)
+            return
+        if tiles.proceed(w, r, s, slot, node):
+            return
     slot = nodes.done(w, r, s, node)
     step = links.step_of(s.now_s)
     if w.course.grid[DOWN + node, step] > 0.0:
@@ -367,7 +381,7 @@ def _look(w: Worlds, r: Plans, lanes: Array, v: View, b: int, home: int, rows: A
     _copy(w, r, lanes, b, last)
     s, fates = lanes[last], w.fates[last]
     first = s.next_request[0]
-    _follow(World(w.courses[home], w.meters[last]), w.requests[home], r, s, v, rows, fates)
+    _follow(World(w.courses[home], w.meters[last], w.tiles[home]), w.requests[home], r, s, v, rows, fates)
     for later in range(len(rows)):
         is_there = first + later < r.num_requests - 1
         looked_s[later] = fates[first + later, LATENCY] if is_there else math.nan
@@ -421,7 +435,7 @@ def run_lanes(
         if mode == FORK:
             _fork(w, r, lanes, states, b, rows[at, 0])
             continue
-        world, requests = World(w.courses[home], w.meters[b]), w.requests[home]
+        world, requests = World(w.courses[home], w.meters[b], w.tiles[home]), w.requests[home]
         if mode == READ:
             if not s.is_over:
                 _read(world, requests, r, s, x)
@@ -447,7 +461,7 @@ def run_lanes(
 def blank_lane() -> Lane:
     """A lane before anything has happened, in an array."""
     lane = make_records(LANE, 1)
-    for name in ("device_slot", "link_slot", "node_slot", "in_force"):
+    for name in ("device_slot", "link_slot", "node_slot", "in_force", "parent"):
         lane[name] = -1
     for name in ("known_k", "known_q_s", "known_busy_frac"):
         lane[name] = math.nan

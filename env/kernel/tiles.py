@@ -1,0 +1,263 @@
+"""Requests whose edge share is in tiles, as `runtime.node.scatter` and `runtime.node.state` play them.
+
+    head:  untiled layers, then by span: own tile -> [other work, while tiles are out] -> what is left -> on, or back
+    peer:               link -> queue -> tile -> link
+
+A tile that is out has a slot of its own: it queues at its node among requests and background, and is refused where the
+queue is full. The head goes on, ahead of its queue, when the last is back; it does those itself that are not to come: the
+node is not connected, refused, or took too long. Where nobody is connected the span runs in one piece.
+
+Simpler than the runtime: the untiled layers of the edge all run before the first span; tiles cross links that nobody else
+holds, raw, and leave no readings behind; a node is connected unless it is silent now and was `LOST_AFTER_S` ago; a lost
+connection ends no wait before patience does; segments of tiles are built already.
+"""
+
+import math
+from typing import Any
+
+from env.kernel import links, nodes
+from env.kernel.compiled import ZERO, compiled, wide
+from env.kernel.events import DELAY, next_sequence, push
+from env.kernel.layout import (
+    ALONE_S,
+    BACK,
+    BACK_BYTES,
+    DOWN,
+    FIXED_S,
+    IDLE_S,
+    NODE_AT,
+    ROWS,
+    THERE,
+    THERE_BYTES,
+    Lane,
+    Plans,
+    View,
+    World,
+)
+from env.kernel.links import (
+    DO_COMPUTE,
+    DO_GIVE_UP,
+    DO_MISS,
+    DO_RETURN,
+    GATHERING,
+    LOST_AFTER_S,
+    NODE_QUEUE,
+    NODE_READY,
+    NODE_RUN,
+    NOWHERE,
+)
+
+PATIENCE = 3.0
+SLACK_S = 0.25
+PROTECTION_FACTOR = 1.5
+"""As in `runtime.node.scatter`, which needs torch."""
+
+Tiles = Any
+"""Tiles of a lane's plans, (T, TILE_COLUMNS)."""
+
+
+# --- what they are expected to take -----------------------------------------------------------------------------------
+
+
+@compiled
+def weigh_spans(tiles: Tiles, r: Plans, v: View) -> None:
+    """Predict the tiled spans of every plan, as `runtime.planning.grids.TileRows.seconds` has it."""
+    for row in range(ROWS):
+        if r.num_peers[row] > 0:
+            total_s, span_s = 0.0, 0.0
+            for at in range(r.first_tile[row], r.first_tile[row] + r.num_tiles[row]):
+                tile = tiles[at]
+                node = int(tile[NODE_AT])
+                seconds = v.k[node] * tile[IDLE_S] + tile[FIXED_S]
+                if tile[THERE] < 0.0:
+                    total_s += span_s
+                    span_s = seconds
+                else:
+                    there, back = int(tile[THERE]), int(tile[BACK])
+                    seconds += tile[THERE_BYTES] * v.s_per_byte[there] + tile[BACK_BYTES] * v.s_per_byte[back]
+                    seconds += v.half_rtt_s[there] + v.half_rtt_s[back] + v.q_s[node]
+                    span_s = max(span_s, seconds)
+            v.tiled_s[row] = total_s + span_s
+
+
+# --- at the head ------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def proceed(w: World, r: Plans, s: Lane, slot: int, node: int) -> bool:
+    """A piece of a head's share is done: go on with what comes next. False when that was all."""
+    row = s.row[slot]
+    if s.is_span_open[slot]:
+        if s.num_out[slot] > 0:
+            _gather(w, r, s, slot, node)
+            return True
+        s.is_span_open[slot] = False
+        if s.left_s[slot] > 0.0:
+            left_s = s.left_s[slot] * nodes.contention_at(w, node, s.now_s) * nodes.head_noise(w, s, slot)
+            s.left_s[slot] = 0.0
+            nodes.go_on(s, node, slot, left_s)
+            return True
+    if s.tile[slot] >= r.first_tile[row] + r.num_tiles[row]:
+        return False
+    _open_span(w, r, s, slot, node)
+    return True
+
+
+@compiled
+def _open_span(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
+    """Send the tiles of other nodes off, then run the own one."""
+    row = s.row[slot]
+    first, end = wide(s.tile[slot]), wide(r.first_tile[row] + r.num_tiles[row])
+    at = first + 1
+    s.crossing_s[slot] = 0.0
+    while at < end and w.tiles[at, THERE] >= 0.0:
+        if not _is_connected(w, int(w.tiles[at, NODE_AT]), s.now_s) or not _send(w, r, s, slot, at):
+            s.left_s[slot] += w.tiles[at, ALONE_S]
+        at += 1
+    s.tile[slot] = at
+    s.scattered_s[slot] = s.now_s
+    s.is_span_open[slot] = s.num_out[slot] > 0
+    factor = nodes.contention_at(w, node, s.now_s) * nodes.head_noise(w, s, slot)
+    if s.num_out[slot] > 0:
+        nodes.go_on(s, node, slot, w.tiles[first, IDLE_S] * factor + w.tiles[first, FIXED_S])
+    else:
+        s.left_s[slot] = 0.0
+        nodes.go_on(s, node, slot, w.tiles[first, ALONE_S] * factor)
+
+
+@compiled
+def _is_connected(w: World, node: int, now_s: float) -> bool:
+    before_s = max(now_s - LOST_AFTER_S, 0.0)
+    is_silent = (
+        w.course.grid[DOWN + node, links.step_of(now_s)] > 0.0
+        and w.course.grid[DOWN + node, links.step_of(before_s)] > 0.0
+    )
+    return not is_silent
+
+
+@compiled
+def _gather(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
+    """Leave the processor to others until all tiles are back, or have taken too long."""
+    own_s = s.now_s - s.scattered_s[slot]
+    patient_s = s.scattered_s[slot] + PATIENCE * (own_s + s.crossing_s[slot]) + SLACK_S
+    left_s = 0.0
+    for other in range(s.top):
+        if s.is_active[other] and s.parent[other] == slot:
+            left_s += w.tiles[s.tile[other], ALONE_S]
+    row = s.row[slot]
+    for at in range(s.tile[slot], r.first_tile[row] + r.num_tiles[row]):
+        if w.tiles[at, THERE] < 0.0:
+            left_s += w.tiles[at, ALONE_S]
+    until_s = max(min(patient_s, s.deadline_at_s[slot] - PROTECTION_FACTOR * left_s), s.now_s)
+    nodes.done(w, r, s, node)
+    s.place[slot] = GATHERING
+    s.todo[slot] = DO_GIVE_UP
+    push(s, until_s, DELAY, slot, s.version[slot])
+
+
+@compiled
+def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
+    """The tiles of a request that are out are left to its head."""
+    for other in range(s.top):
+        if s.is_active[other] and s.parent[other] == slot:
+            s.left_s[slot] += w.tiles[s.tile[other], ALONE_S]
+    recall(w, r, s, slot)
+    _make_ready(w, r, s, slot)
+
+
+@compiled
+def recall(w: World, r: Plans, s: Lane, slot: int) -> None:
+    """The tiles of a request that are out are wanted no more."""
+    s.num_out[slot] = 0
+    for other in range(s.top):
+        if s.is_active[other] and s.parent[other] == slot:
+            if s.place[other] == NODE_QUEUE or s.place[other] == NODE_RUN:
+                nodes.give_up(w, r, s, other)
+            _drop(s, other)
+
+
+@compiled
+def _make_ready(w: World, r: Plans, s: Lane, slot: int) -> None:
+    """Nothing of a request is out any more: its head is to go on, ahead of what waits."""
+    s.version[slot] += 1  # no more giving up
+    s.is_span_open[slot] = False
+    s.place[slot] = NODE_READY
+    s.queued[slot] = next_sequence(s)
+    s.queued_s[slot] = s.now_s
+    if s.node_slot[s.server[slot]] < 0:
+        nodes.schedule(w, r, s, s.server[slot])
+
+
+# --- a tile of another node -------------------------------------------------------------------------------------------
+
+
+@compiled
+def _send(w: World, r: Plans, s: Lane, slot: int, at: int) -> bool:
+    """Send a tile off; False when so much is under way that there is no slot for it."""
+    own = links.free_slot(s)
+    if own < 0:
+        return False
+    s.is_active[own] = True
+    s.parent[own], s.tile[own] = slot, at
+    s.client[own] = -1
+    s.number[own], s.row[own], s.hop[own] = s.number[slot], s.row[slot], 0
+    s.deadline_at_s[own], s.guard_s[own] = s.deadline_at_s[slot], math.inf
+    s.local[own], s.is_remote[own] = 0, False
+    s.num_out[slot] += 1
+    there = int(w.tiles[at, THERE])
+    links.delay(s, own, _crossing_s(w, r, s, there, w.tiles[at, THERE_BYTES], w.tiles[at, FIXED_S]), DO_COMPUTE)
+    rtt_s, bps = links.rtt_at(w, r, ZERO, there, s.now_s), links.newest_bps(w, s, links.server_of(r, ZERO, there))
+    if not math.isnan(bps):
+        rtt_s += (w.tiles[at, THERE_BYTES] + w.tiles[at, BACK_BYTES]) * 8.0 / bps
+    s.crossing_s[slot] = max(s.crossing_s[slot], rtt_s)
+    return True
+
+
+@compiled
+def _crossing_s(w: World, r: Plans, s: Lane, link: int, nbytes: float, fixed_s: float) -> float:
+    """Seconds until tensors are at the other end of a link; half the fixed seconds are the other message's."""
+    end_s = links.transfer_end(w, r, ZERO, link, s.now_s, nbytes)
+    return float(end_s - s.now_s + links.rtt_at(w, r, ZERO, link, end_s) / 2.0 + fixed_s / 2.0)
+
+
+@compiled
+def reach(w: World, r: Plans, s: Lane, slot: int) -> None:
+    """What a tile's delay led to."""
+    tile = w.tiles[s.tile[slot]]
+    todo = s.todo[slot]
+    if links.is_broken(w, r, ZERO, int(tile[THERE]), s.now_s):
+        s.place[slot] = NOWHERE  # lost on the way: nobody will tell
+    elif todo == DO_COMPUTE:
+        if s.now_s >= s.deadline_at_s[slot] or not nodes.arrive(w, r, s, slot, int(tile[NODE_AT])):
+            miss(w, r, s, slot)
+    else:
+        request = wide(s.parent[slot])
+        if todo == DO_MISS:
+            s.left_s[request] += tile[ALONE_S]
+        _drop(s, slot)
+        s.num_out[request] -= 1
+        if s.num_out[request] == 0 and s.place[request] == GATHERING:
+            _make_ready(w, r, s, request)
+
+
+@compiled
+def miss(w: World, r: Plans, s: Lane, slot: int) -> None:
+    """Tell the head that a tile is not to come; the notice is a small message."""
+    links.delay(s, slot, links.rtt_at(w, r, ZERO, int(w.tiles[s.tile[slot], BACK]), s.now_s) / 2.0, DO_MISS)
+
+
+@compiled
+def computed(w: World, r: Plans, s: Lane, node: int) -> None:
+    """A tile is done at its node: send it back."""
+    slot = nodes.done(w, r, s, node)
+    tile = w.tiles[s.tile[slot]]
+    if w.course.grid[DOWN + node, links.step_of(s.now_s)] > 0.0:
+        s.place[slot] = NOWHERE
+    else:
+        links.delay(s, slot, _crossing_s(w, r, s, int(tile[BACK]), tile[BACK_BYTES], tile[FIXED_S]), DO_RETURN)
+
+
+@compiled
+def _drop(s: Lane, slot: int) -> None:
+    s.parent[slot] = -1
+    links.release(s, slot)
