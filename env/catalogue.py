@@ -1,4 +1,7 @@
-"""Sites to learn at: shipped models and made-up ones, each with machines drawn around its profile."""
+"""Sites to learn at: shipped models and made-up ones, each with machines drawn around its profile.
+
+Made-up models have no maps, so nothing of them is ever cut into tiles.
+"""
 
 from collections.abc import Sequence
 

@@ -143,6 +143,7 @@ def _collect(events: list[tuple[float, dict[str, Any]]]) -> Log:
     readings, computed, pairs = _Readings(tiers), dict[str, list[Computed]](), []
     for at_s, event in events:
         readings.take(at_s - first_s, event["state"])
+        # What was in tiles ran on several nodes, in part beside each other: it tells no node's speed.
         if event["outcome"] in ("remote", "device") and event["measured"] is not None and not event["tiles"]:
             _note_computed(computed, event, tier_of)
             predicted, measured = (_breakdown(event[name]) for name in ("predicted", "measured"))

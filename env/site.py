@@ -1,7 +1,8 @@
 """A site: one model on one device and its nodes, compiled once, where many episodes take place."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -85,7 +86,7 @@ def make_site(
         ratios: expected raw / coded bytes by value name.
         input_kind: what requests bring.
         ranges: what to draw from.
-        constraints: what plans must respect; tiles are ruled out in any case.
+        constraints: what plans must respect.
 
     Raises:
         PlanError: when no split is legal.
@@ -96,14 +97,15 @@ def make_site(
     slow |= {f"edge{n}": log_uniform(rng, ranges.slow_edge) for n in range(num_edges)}
     slow["cloud"] = log_uniform(rng, ranges.slow_cloud)
     nodes = {node: scale_profile(machine, factor) for node, factor in slow.items()}
-    limits = replace(Constraints() if constraints is None else constraints, tiles=False)  # the twin knows none
+    limits = Constraints() if constraints is None else constraints
     deployment = Deployment(
         model=ModelConfig(spec=name if ":" in name else f"profile:{name}", input_kind=input_kind),
         nodes=tuple(_node(node, 7001 + 2 * at) for at, node in enumerate(list(slow)[1:])),
         constraints=limits,
     )
     profile = ModelProfile(graph, nodes, dict(ratios or {}))
-    return Site(name, PlanningProblem(profile, deployment, limits, input_kind), ranges)
+    average = scale_profile(machine, math.sqrt(ranges.slow_edge[0] * ranges.slow_edge[1]))
+    return Site(name, PlanningProblem(profile, deployment, limits, input_kind, average), ranges)
 
 
 def _node(name: str, port: int) -> NodeConfig:

@@ -144,6 +144,29 @@ def test_a_plan_in_tiles_is_refused_where_the_constraints_rule_tiles_out() -> No
         check_plan(replace(problem, constraints=Constraints(tiles=False)), tiled)
 
 
+def test_spans_that_were_chosen_for_average_nodes_are_cut_for_the_ones_there_are() -> None:
+    exact = make_problem(tower(), 0.6, 1.0, 1.8)
+    average = NodeProfile((0.02,) * exact.graph.num_layers, 1e9, 1e9, 1e-4)
+    quick = replace(exact, average_edge=average)
+    plan = edge_plan(exact, "edge0")
+    state = state_of(exact)
+    least = [
+        min(estimate(problem, tiled, state).total_s for tiled in tiled_plans(problem, plan))
+        for problem in (exact, quick)
+    ]
+    assert least[1] <= 1.05 * least[0] < 0.7 * estimate(exact, plan, state).total_s
+    others = replace(make_problem(exact.graph, 1.5, 1.0, 0.5), average_edge=average)
+    for mine, theirs in zip(tile_options(quick, "edge0"), tile_options(others, "edge0"), strict=True):
+        for a, b in zip(mine.spans, theirs.spans, strict=True):
+            assert (a.start, a.stop, len(a.row_lines), len(a.col_lines)) == (
+                b.start,
+                b.stop,
+                len(b.row_lines),
+                len(b.col_lines),
+            )
+            assert (a.row_lines, a.col_lines) != (b.row_lines, b.col_lines)
+
+
 def test_unequal_nodes_get_unequal_tiles_and_faster_peers_come_first() -> None:
     problem = make_problem(tower(), 1.0, 0.5, 3.0)
     for option in tile_options(problem, "edge0"):

@@ -15,10 +15,10 @@ import numpy as np
 from runtime.errors import PlanError
 from runtime.planning.arrays import FloatArray, IntArray, Layout
 from runtime.planning.problem import ById, PlanningProblem, check_plan
-from runtime.planning.tile_search import choose_tiles
+from runtime.planning.tile_search import choose_tiles, fit_lines
 from runtime.planning.tiles import TileNode, tile_node, tile_seconds
 from runtime.planning.tiling import find_spans, plan_tiles, region_bytes, scale_lines
-from runtime.types import GraphSpec, Plan, Tier, TileSpan
+from runtime.types import GraphSpec, NodeProfile, Plan, Tier, TileSpan
 
 RATES_BPS = (1e8, 1e9)
 """Between edge nodes: wireless, wired. Guess; each costs a search, seconds for a network of hundreds of layers."""
@@ -49,12 +49,23 @@ def tile_options(problem: PlanningProblem, head: str) -> tuple[TileOption, ...]:
     names = (head, *sorted(peers, key=lambda name: sum(profiles[name].layer_s)))[:MAX_NODES]
     found = []
     for bps in RATES_BPS:
-        nodes = tuple(tile_node(profiles[name], bps, bps, RTT_S if index else 0.0) for index, name in enumerate(names))
-        spans = _choose_spans(ById(problem.graph), nodes, problem.entry)
+        nodes = _tile_nodes([profiles[name] for name in names], bps)
+        if problem.average_edge is None:
+            spans = _choose_spans(ById(problem.graph), nodes, problem.entry)
+        else:
+            chosen = _choose_spans(
+                ById(problem.graph), _tile_nodes([problem.average_edge] * len(names), bps), problem.entry
+            )
+            spans = tuple(fit_lines(problem.graph, span, nodes) for span in chosen)
         if spans:
             used = max(span.num_tiles for span in spans)
             found.append(TileOption(names[:used], spans))
     return tuple(dict.fromkeys(found))
+
+
+def _tile_nodes(profiles: Sequence[NodeProfile], bps: float) -> tuple[TileNode, ...]:
+    """A head and its peers, idle."""
+    return tuple(tile_node(profile, bps, bps, RTT_S if index else 0.0) for index, profile in enumerate(profiles))
 
 
 @lru_cache(maxsize=256)

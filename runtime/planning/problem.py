@@ -7,7 +7,17 @@ from typing import Protocol
 
 from runtime.deployment import Deployment
 from runtime.errors import PlanError
-from runtime.types import CODECS, LOSSY_CODECS, Constraints, GraphSpec, ModelProfile, Plan, SystemState, Tier
+from runtime.types import (
+    CODECS,
+    LOSSY_CODECS,
+    Constraints,
+    GraphSpec,
+    ModelProfile,
+    NodeProfile,
+    Plan,
+    SystemState,
+    Tier,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +31,10 @@ class PlanningProblem:
     deployment: Deployment
     constraints: Constraints
     input_kind: str
+    average_edge: NodeProfile | None = None
+    """Choose the spans of tiles as if every edge node were this one, and only cut them as the nodes there are want it.
+    The choice is then the same for any nodes, and made once. None: it is made for these nodes, which takes seconds for
+    networks of hundreds of layers."""
 
     @property
     def graph(self) -> GraphSpec:

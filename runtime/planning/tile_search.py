@@ -100,6 +100,22 @@ def choose_tiles(graph: GraphSpec, nodes: Sequence[TileNode], start: int = 0, st
     return TileChoice(tuple(spans), costs, total_s, math.fsum(head_s[start:stop]))
 
 
+def fit_lines(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> TileSpan:
+    """Cut a span where these nodes want it, whichever it was cut for: the same layers and grid, the head first."""
+    num_rows, num_cols = len(span.row_lines) + 1, len(span.col_lines) + 1
+    speed = [1.0 / max(math.fsum(node.tiled_s[span.start : span.stop]), 1e-12) for node in nodes[: num_rows * num_cols]]
+    shares = np.reshape(speed, (1, num_rows, num_cols))
+    size = find_sizes(graph, graph.layers[span.stop - 1].spatial)[graph.layers[span.stop - 1].outputs[-1]]
+    rows, cols = (
+        _lines(own, length)[0, 1:-1] for own, length in zip((shares.sum(2), shares.sum(1)), size, strict=True)
+    )
+    fitted = replace(span, row_lines=tuple(rows.tolist()), col_lines=tuple(cols.tolist()))
+    try:
+        return _shift_lines(graph, fitted, nodes)
+    except PlanError:  # lines that meet: a small map, and speeds far apart
+        return span
+
+
 def _shift_lines(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> TileSpan:
     """Move lines one by one as long as that helps: they were put where the speeds say, overlap not counted."""
     best_s = cost_tiles(graph, span, nodes).total_s
