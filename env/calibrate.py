@@ -159,6 +159,8 @@ def _kinds_of_plans(site: Site) -> tuple[Plan, ...]:
     """Candidates that differ in the tiers and the head they use, up to three of each kind."""
     kinds: dict[tuple[object, ...], list[Plan]] = {}
     for plan in site.candidates.plans[: site.candidates.num_plans]:
+        if plan.tiles:  # they cross links that worlds do not shape in live, and run on several nodes at once
+            continue
         key = (plan.head, *(plan.uses(tier) for tier in Tier))
         kinds.setdefault(key, []).append(plan)
     picked = [plans[:: max(len(plans) // 3, 1)][:3] for plans in kinds.values()]

@@ -60,7 +60,7 @@ def make_live_sites(
         slow_down: by node, instead of what is drawn; nothing is scaled then.
         seed: of the speeds.
         ranges: what to draw from.
-        constraints: what plans must respect; tiles are ruled out in any case.
+        constraints: what plans must respect.
 
     Raises:
         ConfigError: when there is no model.
@@ -74,10 +74,7 @@ def make_live_sites(
     out = []
     for at, spec in enumerate(specs):
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(at,)))
-        limits = replace(
-            constraints or Constraints(), tiles=False
-        )  # the twin, whose latencies are the reference, knows none
-        out.append(_make_site(spec, num_edges, input_kind, slow_down, rng, ranges, limits))
+        out.append(_make_site(spec, num_edges, input_kind, slow_down, rng, ranges, constraints or Constraints()))
     return tuple(out)
 
 

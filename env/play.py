@@ -73,14 +73,16 @@ def _others(site: Site, world: World, slot: int) -> list[tuple[FloatArray, float
 
 
 def _best_nominal(site: Site, world: World) -> int:
-    """The candidate that is best at the world's mean rates while no node has a queue."""
+    """The candidate without tiles that is best at the world's mean rates while no node has a queue."""
     costs = site.candidates.costs
     state = blank_states(costs.layout, 1)
     state.input_bytes[:] = site.typical_bytes
     link_bps, rtt_s = world.rate_bps.mean(axis=1)[world.path] * world.scale, world.rtt_s.mean(axis=1)[world.path]
     load_factor = world.contention.mean(axis=1)
     readings = ReadingsArrays(link_bps[None], rtt_s[None], load_factor[None], np.zeros((1, len(load_factor))))
-    return int(predict_total(costs, readings, state)[0, : site.candidates.num_plans].argmin())
+    total_s = predict_total(costs, readings, state)[0, : site.candidates.num_plans]
+    has_tiles = np.array([bool(plan.tiles) for plan in site.candidates.plans[: site.candidates.num_plans]])
+    return int(np.where(has_tiles, np.inf, total_s).argmin())
 
 
 def _whole_models(arrivals_s: FloatArray, work_s: FloatArray, model_s: float, period_s: float) -> Background:
