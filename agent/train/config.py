@@ -171,8 +171,8 @@ class TrainConfig:
     eval_scenarios: tuple[str, ...] = ("both", "streaming", "contention", "static")
     """What evaluations play, whatever is learnt on: the best policy is the one that is best over all of these."""
 
-    eval_episodes: int = 2
-    """Episodes of each model, input kind and scenario in an evaluation."""
+    eval_episodes: int = 8
+    """Episodes of each model, input kind and scenario in an evaluation. With 2 chance decides which policy is kept."""
 
     save_every: int = 100_000
     """Decisions between saves of what --resume needs."""
