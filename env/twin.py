@@ -221,8 +221,7 @@ class Twin:
 
         Args:
             lanes: any, also one several times.
-            rows: plan of the request at hand, then of each that follows, shape (lanes, requests); below 0 the planner
-                decides.
+            rows: plan of the request at hand, then of each that follows, shape (lanes, requests).
 
         Returns:
             Their latencies, shape (lanes, requests): inf without an answer, NaN beyond the episode's end.

@@ -146,7 +146,7 @@ def test_looking_ahead_sees_what_then_happens_and_changes_nothing():
     for rows in itertools.islice(itertools.product(range(site.candidates.num_plans), repeat=3), 0, None, 97):
         expected = run_rows(twin, site, world, rows)
         twin.begin(LANE)
-        seen = twin.look(np.zeros(2, dtype=np.int64), np.array([[*rows, 0], [rows[0], -1, -1, -1]]))
+        seen = twin.look(LANE, np.array([[*rows, 0]]))
         assert np.isnan(seen[:, 3]).all()  # the last arrival is never started
         np.testing.assert_array_equal(seen[0, :3], expected)
         for row in rows:

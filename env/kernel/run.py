@@ -324,8 +324,7 @@ def _follow(w: World, requests: Requests, r: Plans, s: Lane, v: View, rows: Arra
         r: its plans.
         s: the lane.
         v: what is believed, one after the other.
-        rows: plan of the request at hand and of each that follows; below 0 the planner decides. None: not even the
-            request at hand is started.
+        rows: plan of the request at hand and of each that follows. None: not even the request at hand is started.
         fates: takes what becomes of them.
     """
     first = s.next_request[0]
@@ -341,11 +340,8 @@ def _follow(w: World, requests: Requests, r: Plans, s: Lane, v: View, rows: Arra
         elif s.next_request[0] < stop:
             _settle(s, fates)
             row = rows[s.next_request[0] - first]
-            if row < 0:
-                _submit_planned(w, requests, r, s, v, what)
-            else:
-                glance(w, requests, r, s, v, ZERO)
-                submit(w, requests, r, s, ZERO, row, total(predict(r, v, row)))
+            glance(w, requests, r, s, v, ZERO)
+            submit(w, requests, r, s, ZERO, row, total(predict(r, v, row)))
     _settle(s, fates)
 
 
@@ -415,7 +411,7 @@ def run_lanes(
         homes: lane whose world and plans each lane has: its own number, unless it is a fork.
         chosen: numbers of the lanes.
         rows: plan of client 0's request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of those that follow,
-            shape (chosen, how many), below 0 where the planner decides. For `FORK`: number of the fork.
+            shape (chosen, how many). For `FORK`: number of the fork.
         mode: one of those above.
         is_over: takes where the request now at hand is the last.
         ended: takes the place in `chosen` and the number of each of client 0's requests that ended.
