@@ -28,17 +28,17 @@ check: setup  ## Format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-QUICKLY := -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+FAST_TESTS := -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## Tests without the slow ones, on two cores
-	$(BIN)/python $(QUICKLY)
+	$(BIN)/python $(FAST_TESTS)
 
 test-all: setup  ## Every test: all models, the long streams
 	$(BIN)/python -m pytest
 
 coverage: setup  ## The same tests, and which lines of which process they reach (half as long again)
 	$(BIN)/coverage erase
-	$(BIN)/coverage run $(QUICKLY)
+	$(BIN)/coverage run $(FAST_TESTS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

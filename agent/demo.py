@@ -60,7 +60,7 @@ KILL_AFTER_S = 0.1
 """Into the first request of its phase."""
 
 TILE_ERROR_FRAC = 1e-3
-"""Largest error behind tiles, relative to the largest output: kernels sum in another order. As the models' tests have it."""
+"""Largest error behind tiles, relative to the largest output: kernels sum in another order."""
 
 DEADLINE_S = 1.5
 BACK_S = 120.0

@@ -56,7 +56,9 @@ def site_from_log(log: Log, model: MeasuredModel, *, constraints: Constraints | 
     names = [name for name in log.tiers if name in slow]
     if not names:
         raise ConfigError("expected requests that a node had a share in, got none; run another policy for a while")
-    limits = Constraints() if constraints is None else constraints
+    limits = (
+        Constraints(tiles=False) if constraints is None else constraints
+    )  # logs tell too little of links between edges
     nodes = tuple(
         NodeConfig(name=name, tier=log.tiers[name], address=f"tcp://127.0.0.1:{7001 + 2 * at}")
         for at, name in enumerate(names)

@@ -1,15 +1,16 @@
 """A world as a cluster plays it: the arrays that the twin steps through, carried out on real links and nodes.
 
 Where it differs from the twin: background requests are whole models, as many as make up the world's work, at the instants
-at which that much has come together, and no more than `BACKGROUND_HZ`; other clients of `contention` are such requests too, of the share of the best
-nominal plan; links between edge nodes are as fast as the machine; service noise is this machine's own; whatever was
-built stays warm; contention of the device is not played.
+at which that much has come together, and no more than `BACKGROUND_HZ`; other clients of `contention` are such requests
+too, of the share of the best nominal plan without tiles; links between edge nodes are as fast as the machine; service
+noise is this machine's own; whatever was built stays warm; contention of the device is not played.
 """
 
 from dataclasses import replace
 
 import numpy as np
 
+from env.kernel.layout import BACKGROUND
 from env.site import Site
 from env.traces import GRID_S, FloatArray
 from env.world import Background, World
@@ -88,7 +89,7 @@ def _best_nominal(site: Site, world: World) -> int:
 def _whole_models(arrivals_s: FloatArray, work_s: FloatArray, model_s: float, period_s: float) -> Background:
     """Put work together: one whole model at each instant at which as much has come."""
     done = np.cumsum(work_s)
-    count = min(int(done[-1] / model_s), int(BACKGROUND_HZ * period_s)) if len(done) else 0
+    count = min(int(done[-1] / model_s), int(BACKGROUND_HZ * period_s), BACKGROUND) if len(done) else 0
     if count == 0:
         return Background(np.zeros(0), np.zeros(0))
     at = np.searchsorted(done, done[-1] / count * (np.arange(count) + 0.5))  # half a share ahead: not late on average

@@ -2,7 +2,8 @@
 
 What is emulated, and where it differs from the runtime: queues are first in, first out; transfers integrate the world's
 rates; codec and message times are delays that hold no server; a status tells the state at the instant it arrives; a
-probe is a transfer of its bytes; a node that is lost is up again with its next status; decisions take no time.
+probe is a transfer of its bytes; a node that is lost is up again with its next status; decisions take no time. Tiles:
+`env.kernel.tiles`.
 """
 
 from dataclasses import fields
@@ -178,7 +179,8 @@ class Twin:
         put_rows(self._plans[lane], slice(row, row + 1), costs)
         self._plans["segment"][lane, row] = number_segments(self._segments[lane], site, plan)
         self._plans["padding"][lane, row] = 2
-        self._put_tiles(lane, first := self._num_tiles[lane], put_tiles(self._plans[lane], row, first, site, plan))
+        first = self._num_tiles[lane]
+        self._put_tiles(lane, first, put_tiles(self._plans[lane], row, first, site, plan))
         self._plans["num_tiled"][lane] = np.count_nonzero(self._plans["num_peers"][lane])
         # The request at hand was weighed before there was this row.
         state = self.state_arrays(site, np.array([lane]))

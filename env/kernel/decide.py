@@ -167,7 +167,7 @@ def remainder_s(r: Plans, s: Lane, slot: int) -> float:
 @compiled
 def glance(w: World, requests: Requests, r: Plans, s: Lane, v: View, client: int) -> None:
     """Work out what the tuned estimators believe of links and nodes as a client's next request comes."""
-    for shown in range(SHOWN_LINKS):  # no plan here takes another
+    for shown in range(SHOWN_LINKS):  # those between edge nodes: `_glance_tiles`
         if r.shown_link[shown] >= 0:
             _glance_link(w, r, s, v, client, wide(r.shown_link[shown]))
     for shown in range(SHOWN_LINKS):

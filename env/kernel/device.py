@@ -17,7 +17,7 @@ HAND_OVER_FRAC = 0.1
 """As in `runtime.device.request`, which needs torch."""
 
 LOCAL_NONE, LOCAL_WANTED, LOCAL_QUEUED, LOCAL_RUNS = constants(4)
-"""Stages of a local completion (`Lanes.local`); wanted: it waits for the request's own share to end."""
+"""Stages of a local completion (`Lane.local`); wanted: it waits for the request's own share to end."""
 
 
 @compiled

@@ -1,7 +1,8 @@
 """The memory of the dynamics: one record per lane, of one fixed form, so that it is compiled once.
 
-Names of fields and their shapes are the tables below; a record is what a compiled function gets, as a pointer. What is
-long or differs in length (grid, background requests, requests) is in plain arrays beside it.
+Names of fields and their shapes are the tables below; a record is what a compiled function gets, as a pointer. What a world
+brings (`COURSE`) and what is measured of it (`METERS`) are records too; what differs in length (requests, tiles, fates) is in
+plain arrays beside them.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -18,7 +19,8 @@ ROWS = 128
 """Candidates, then plans that are none."""
 
 SLOTS = 96
-"""Requests under way in one lane; one more is refused, and counts as failed."""
+"""Requests under way in one lane, and tiles that are out; one more request is refused and counts as failed, one more tile is
+left to its head."""
 
 ENDED = SLOTS + 1
 """Most requests of client 0 that end between two of its arrivals: all under way, or one that is refused."""

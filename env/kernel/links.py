@@ -30,10 +30,10 @@ from env.traces import GRID_S
 from runtime.planning.estimators import MIN_BANDWIDTH_BPS, TunedSettings
 
 NOWHERE, DEVICE_QUEUE, LINK_QUEUE, LINK_FLIGHT, NODE_QUEUE, NODE_RUN, DELAYED, NODE_READY, GATHERING = constants(9)
-"""Places of a request's remote part (`Lanes.place`). The last two: at its head, all tiles back or some still out."""
+"""Places of a request's remote part (`Lane.place`). The last two: at its head, all tiles back or some still out."""
 
 DO_SEND, DO_ARRIVE, DO_FAIL, DO_FINISH, DO_COMPUTE, DO_RETURN, DO_MISS, DO_GIVE_UP = constants(8)
-"""What a delay leads to (`Lanes.todo`); the last four with tiles: at its node, back, not to come, waited for too long."""
+"""What a delay leads to (`Lane.todo`); the last four with tiles: at its node, back, not to come, waited for too long."""
 
 LOST_AFTER_S = 2.0
 """As in `runtime.wire.events.Limits`."""

@@ -163,7 +163,7 @@ def schedule(w: World, r: Plans, s: Lane, node: int) -> None:
 
 @compiled
 def start(w: World, r: Plans, s: Lane, node: int) -> int:
-    """Start the request that has waited longest, at the instant planned for it.
+    """Start the request that is next, at the instant planned for it.
 
     Returns:
         -1, or the request when its time has run out: it is no longer in the queue.

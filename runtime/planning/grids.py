@@ -1,4 +1,4 @@
-"""The tiles that an edge share may be given: worked out once per problem, fitted to every plan, priced as rows.
+"""The tiles that an edge share may be given: worked out once, fitted to every plan, priced as rows.
 
 Papers: D3 (VSM), as in `runtime.planning.tiles`. Differs: when tiles are chosen no request is there yet, so the choice is
 made for idle nodes and a few rates of the links between them; which of these fits a state, and whether any does, is left
@@ -70,7 +70,7 @@ def _tile_nodes(profiles: Sequence[NodeProfile], bps: float) -> tuple[TileNode, 
 
 @lru_cache(maxsize=256)
 def _choose_spans(graph: ById, nodes: tuple[TileNode, ...], start: int) -> tuple[TileSpan, ...]:
-    """Cached beyond one problem: a session makes a new one whenever a node comes or goes."""
+    """Cached beyond one problem: a session makes a new one whenever a node comes or goes, and sites share average nodes."""
     return choose_tiles(graph.spec, nodes, start).spans
 
 
