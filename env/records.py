@@ -15,8 +15,9 @@ from env.world import paths_of
 from runtime.planning.candidates import NUM_CANDIDATES
 from runtime.planning.cost import sum_layers
 from runtime.planning.features import find_slots
+from runtime.planning.grids import compile_tiles
 from runtime.planning.problem import PlanningProblem
-from runtime.planning.rows import PlanCosts, compile_plan
+from runtime.planning.rows import PlanCosts
 from runtime.planning.tiles import tile_node, tile_seconds
 from runtime.planning.tiling import plan_tiles
 from runtime.types import DEVICE_NODE, Plan, Tier
@@ -76,7 +77,7 @@ def put_tiles(plans: layout.Plans, row: int, first: int, site: Site, plan: Plan)
 
 
 def _tiles_of(problem: PlanningProblem, plan: Plan) -> FloatArray:
-    rows, graph = compile_plan(problem, plan).tiles, problem.graph
+    rows, graph = compile_tiles(problem, plan), problem.graph
     if rows is None:
         return np.zeros((0, layout.TILE_COLUMNS))
     head, alone_s = problem.profile.nodes[plan.edge_nodes[0]], list[float]()

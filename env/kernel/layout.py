@@ -58,7 +58,7 @@ REQUEST_COLUMNS = NOISE + 3
 """Columns of the requests; the last three: noise of each tier."""
 
 NODE_AT, THERE, BACK, IDLE_S, THERE_BYTES, BACK_BYTES, FIXED_S, ALONE_S = range(8)
-TILE_COLUMNS = 8
+TILE_COLUMNS = ALONE_S + 1
 """Columns of the tiles: node, links from the head and back (-1: the head's own tile, with which each span begins), idle
 seconds there, bytes, fixed seconds of both messages, and what the head needs if it is left to do it: the tile, or at its
 own tile the whole span in one piece."""
@@ -122,11 +122,8 @@ class Seen(NamedTuple):
 
 
 _I, _F, _B = np.int64, np.float64, np.uint8  # numba takes no array of bool inside a record
-_S, _H, _L = (
-    np.int8,
-    np.int16,
-    np.int32,
-)  # what every step reads of a plan is kept small: lanes do not fit into a core's own cache
+# What every step reads of a plan is kept small: lanes do not fit into a core's own cache.
+_S, _H, _L = np.int8, np.int16, np.int32
 
 _Table: TypeAlias = list[tuple[Any, ...]]
 
