@@ -70,8 +70,12 @@ class Attacker:
 
 def riders(chance: random.Random) -> tuple[bool, Receipt | None]:
     """What may ride on a data message, true or not."""
-    numbers = [chance.choice((0.0, -1.0, 1e-3, 1e300, math.nan, math.inf)) for _ in range(3)]
-    return chance.random() < 0.5, chance.choice((None, Receipt(chance.randrange(-1, 50), *numbers)))
+    return chance.random() < 0.5, chance.choice((None, receipt(chance, chance.randrange(-1, 50))))
+
+
+def receipt(chance: random.Random, sequence: int) -> Receipt:
+    """A receipt with whatever clocks."""
+    return Receipt(sequence, *(chance.choice((0.0, -1.0, 1e-3, 1e300, math.nan, math.inf)) for _ in range(3)))
 
 
 def client_messages(chance: random.Random) -> Message:
@@ -83,7 +87,7 @@ def client_messages(chance: random.Random) -> Message:
             HELLO,
             Ping(1),
             Pong(1, chance.choice((0.0, math.nan, -math.inf))),
-            Ack(1, chance.choice((0.0, -1.0, math.inf))),
+            Ack(receipt(chance, 1), chance.choice((0.0, -1.0, math.inf))),
             Cancel(2),
             Describe("m"),
             Status(NodeState("x", Tier.EDGE, True), ()),
@@ -140,7 +144,7 @@ def node_messages(chance: random.Random, described: Described) -> Message:
             described,
             Ping(1),
             Pong(numbers, chance.choice((0.0, math.nan, -math.inf))),
-            Ack(numbers, chance.choice((0.0, -1.0, math.inf))),
+            Ack(receipt(chance, numbers), chance.choice((0.0, -1.0, math.inf))),
             Failure(numbers, "busy", "no", "x"),
             Refused("unknown", "say it again"),
             Status(state, (), (Status(state, ()),)),

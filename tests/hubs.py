@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import math
 import os
 import selectors
 import subprocess
@@ -18,7 +19,7 @@ from typing import TypeVar
 from runtime.types import Plan, Tier
 from runtime.wire.channel import Hub
 from runtime.wire.events import Buffer, Connected, Event, Joined, Limits, Peer, ReceivedData
-from runtime.wire.messages import PROTOCOL_VERSION, Hello, Refused, Result, Submit, TensorHeader, Welcome
+from runtime.wire.messages import PROTOCOL_VERSION, Ack, Hello, Receipt, Refused, Result, Submit, TensorHeader, Welcome
 
 ROOT = Path(__file__).parent.parent
 PLAN = Plan.split(3, 1, 2)
@@ -44,6 +45,11 @@ def submit(request: int, frames: Sequence[Buffer], remaining_s: float = 10.0) ->
 def result(request: int, frames: Sequence[Buffer]) -> Result:
     """Make an answer that carries these frames."""
     return Result(request, (), headers(frames))
+
+
+def ack(sequence: int, held_s: float = 0.0) -> Ack:
+    """Make an acknowledgement by somebody whose clock nobody knows."""
+    return Ack(Receipt(sequence, math.nan, math.nan, math.nan), held_s)
 
 
 class Group:

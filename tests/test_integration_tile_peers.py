@@ -17,10 +17,11 @@ from runtime.testbed.process import ManagedProcess
 from runtime.types import Plan, Tier, TileSpan
 from runtime.wire.channel import Hub
 from runtime.wire.codec import AutoCodec
-from runtime.wire.events import Limits, ReceivedData
-from runtime.wire.messages import CAPABILITIES, PROTOCOL_VERSION, Failure, Hello, Result, Submit, Welcome
+from runtime.wire.events import Limits, Received, ReceivedData
+from runtime.wire.messages import CAPABILITIES, PROTOCOL_VERSION, Failure, Hello, Result, Status, Submit, Welcome
 from runtime.wire.pack import Packed, pack, unpack
 from tests.test_integration_tiles import FAR_S, MODEL, TOLERANCE, error, wait_for_peer
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -159,3 +160,20 @@ def test_a_tile_carries_the_time_that_is_left_and_names_its_place(
         assert 0 < submit.remaining_s < FAR_S
         places.append((submit.tile.span, submit.tile.tile))
     assert places == [(0, 1), (1, 1)]
+
+
+def test_a_status_tells_the_link_to_another_edge_node_once_by_what_both_conversations_measured(
+    session: Session,
+) -> None:
+    head = session.deployment.nodes[0]
+    with Hub("edge1") as hub:
+        hub.connect("edge0", head.address, Hello(PROTOCOL_VERSION, "edge1", "", CAPABILITIES))
+        statuses: list[Status] = []
+
+        def has_both_probes() -> bool:
+            received = [event.message for event in hub.poll(1.0) if isinstance(event, Received)]
+            statuses.extend(message for message in received if isinstance(message, Status))
+            return bool(statuses) and len(statuses[-1].links[0].samples) > 1
+
+        wait_for(has_both_probes)
+    assert {tuple(link.target for link in status.links) for status in statuses} == {("edge1",)}

@@ -23,7 +23,7 @@ from runtime.wire.messages import (
     Welcome,
     encode,
 )
-from tests.hubs import HELLO, result, submit
+from tests.hubs import HELLO, ack, result, submit
 
 WELCOME = Welcome(PROTOCOL_VERSION, "edge", Tier.EDGE, (), ())
 
@@ -78,11 +78,17 @@ class FakeCall(Call):
         parts = [memoryview(part) for part in (encode(envelope), *frames)]
         self.hear_data(parts, sum(map(len, parts)), now_s, is_spoilt=False)
 
+    @property
+    def acks(self) -> list[tuple[int, float]]:
+        """Sequence and held_s of the acknowledgements that were said, if nothing else was."""
+        assert all(isinstance(message, Ack) for message in self.said)
+        return [(message.receipt.sequence, message.held_s) for message in self.said]
+
     def count(self, kind: type) -> int:
         return sum(isinstance(message, kind) for message in self.said)
 
     def finish_probe(self, now_s: float) -> None:
-        self.tell(Ack(self.sent[-1].sequence), now_s)
+        self.tell(ack(self.sent[-1].sequence), now_s)
 
 
 def test_hello_is_said_as_soon_as_the_control_connection_stands():
@@ -272,13 +278,13 @@ def test_an_acknowledgement_delivers_and_starts_the_next_message():
     call.push(submit(1, [b"abc"], 5.0), [b"abc"], 3, "one", 1.0)
     call.push(submit(2, [b"abc"], 5.0), [b"abc"], 3, "two", 1.0)
     assert [e.body.request for e in call.sent if isinstance(e.body, Submit)] == [1]
-    call.tell(Ack(call.sent[-1].sequence), 1.5)
+    call.tell(ack(call.sent[-1].sequence), 1.5)
     assert [e.body.request for e in call.sent if isinstance(e.body, Submit)] == [1, 2]
     assert call.sent[-1].body.remaining_s == pytest.approx(4.5)  # it stood in the queue for half a second
     delivered = call.events[-1]
     assert isinstance(delivered, Delivered)
     assert (delivered.tag, delivered.transfer_s, delivered.waited_s) == ("one", 0.5, 0.0)
-    call.tell(Ack(call.sent[-1].sequence), 1.75)
+    call.tell(ack(call.sent[-1].sequence), 1.75)
     assert (call.events[-1].tag, call.events[-1].transfer_s, call.events[-1].waited_s) == ("two", 0.25, 0.5)
 
 
@@ -315,7 +321,7 @@ def test_withdrawing_what_waits_touches_no_socket():
     call.withdraw(2, 0.2)
     call.withdraw("unheard of", 0.2)
     assert call.num_reopenings == 0
-    call.tell(Ack(call.sent[-1].sequence), 0.3)
+    call.tell(ack(call.sent[-1].sequence), 0.3)
     assert call.sent[-1].body.request == 1
 
 
@@ -323,12 +329,12 @@ def test_a_result_is_acknowledged_handed_over_once_and_never_twice():
     call = FakeCall().come_up()
     envelope = Envelope(4, result(9, [b"xyz"]))
     call.tell_data(envelope, [b"xyz"], 0.1)
-    assert call.said[-1] == Ack(4)
+    assert call.said[-1].receipt.sequence == 4
     (received,) = [event for event in call.events if isinstance(event, ReceivedData)]
     assert (received.body, [bytes(f) for f in received.frames]) == (envelope.body, [b"xyz"])
     call.said.clear()
     call.tell_data(envelope, [b"xyz"], 0.2)
-    assert call.said == [Ack(4)]
+    assert call.acks == [(4, 0.0)]
     assert sum(isinstance(event, ReceivedData) for event in call.events) == 1
 
 
@@ -343,7 +349,7 @@ def test_a_result_that_takes_a_receipt_is_acknowledged_by_the_next_data_that_lea
     assert (receipt.sequence, receipt.received_s) == (4, 0.2)
     call.settle(0.4)
     assert call.said == []
-    call.tell(Ack(call.sent[-1].sequence), 0.5)
+    call.tell(ack(call.sent[-1].sequence), 0.5)
     call.push(submit(2, [b"abc"]), [b"abc"], 3, 2, 0.6)
     assert call.sent[-1].receipt is None
 
@@ -354,13 +360,13 @@ def test_a_result_that_takes_a_receipt_is_acknowledged_with_its_age_when_no_data
     call.said.clear()
     call.tell_data(Envelope(4, result(9, []), takes_receipt=True), [], 0.2)
     call.settle(0.25)
-    assert call.said == [Ack(4, pytest.approx(0.05))]
+    assert call.acks == [(4, pytest.approx(0.05))]
     call.settle(0.3)
     assert len(call.said) == 1
     call.tell_data(Envelope(5, result(10, []), takes_receipt=True), [], 0.4)
     call.tell_data(Envelope(6, result(11, []), takes_receipt=True), [], 0.5)  # the owner is not asked in between
     call.settle(0.5)
-    assert call.said[1:] == [Ack(5, pytest.approx(0.1)), Ack(6, 0.0)]
+    assert call.acks[1:] == [(5, pytest.approx(0.1)), (6, 0.0)]
 
 
 def test_what_is_not_handed_over_is_acknowledged_at_once():
@@ -368,13 +374,13 @@ def test_what_is_not_handed_over_is_acknowledged_at_once():
     call.tell_data(Envelope(1, Probe(), takes_receipt=True), [bytes(100)], 0.1)
     call.tell_data(Envelope(2, result(9, [b"abc"]), takes_receipt=True), [], 0.1)
     call.tell_data(Envelope(2, result(9, []), takes_receipt=True), [], 0.1)
-    assert call.said[-3:] == [Ack(1), Ack(2), Ack(2)]
+    assert [message.receipt.sequence for message in call.said[-3:]] == [1, 2, 2]
 
 
 def test_a_receipt_completes_the_message_in_flight_before_what_it_rides_on_is_handed_over():
     call = FakeCall().come_up()
-    call.finish_probe(0.1)
     call.tell(Pong(1, 1000.0), 0.1)  # its clock shows 1000 when ours shows 0.05
+    call.tell(Ack(Receipt(call.sent[-1].sequence, 1000.05, math.nan, math.nan)), 0.1)
     call.push(submit(1, [bytes(20_000)]), [bytes(20_000)], 20_000, "tag", 0.2)
     assert call.sent[-1].takes_receipt
     call.events.clear()
@@ -388,12 +394,13 @@ def test_a_receipt_completes_the_message_in_flight_before_what_it_rides_on_is_ha
 
 def test_only_a_message_with_nothing_behind_it_takes_a_receipt():
     call = FakeCall().come_up()
+    call.tell(Pong(1, 1000.0), 0.1)  # its clock shows 1000 when ours shows 0.05
     for number in (1, 2):
         call.push(submit(number, [b"abc"]), [b"abc"], 3, number, 0.1)
     assert not call.sent[-1].takes_receipt  # a probe
-    call.tell(Ack(call.sent[-1].sequence), 0.2)
+    call.tell(Ack(Receipt(call.sent[-1].sequence, 1000.1, math.nan, math.nan)), 0.2)
     assert not call.sent[-1].takes_receipt
-    call.tell(Ack(call.sent[-1].sequence, held_s=0.05), 0.3)
+    call.tell(Ack(Receipt(call.sent[-1].sequence, 1000.2, math.nan, math.nan), 0.05), 0.3)
     assert call.sent[-1].takes_receipt
 
 
@@ -402,14 +409,27 @@ def test_the_time_that_an_acknowledgement_was_held_is_none_of_the_transfer():
     call.finish_probe(0.1)
     for held_s, transfer_s in ((0.2, 0.3), (-1.0, 0.5), (math.nan, 0.5), (9.0, 0.5)):
         call.push(submit(1, [b"abc"]), [b"abc"], 3, 1, 1.0)
-        call.tell(Ack(call.sent[-1].sequence, held_s), 1.5)
+        call.tell(ack(call.sent[-1].sequence, held_s), 1.5)
         assert call.events[-1].transfer_s == pytest.approx(transfer_s)
+
+
+def test_an_acknowledgement_that_is_read_late_tells_the_transfer_by_the_clock_of_whoever_received():
+    call = FakeCall().come_up()
+    call.finish_probe(0.1)
+    call.tell(Pong(1, 1000.0), 0.1)  # its clock shows 1000 when ours shows 0.05
+    call.push(submit(1, [bytes(20_000)]), [bytes(20_000)], 20_000, 1, 1.0)
+    assert not call.sent[-1].takes_receipt  # the clock was not known when the probe was acknowledged
+    call.tell(Ack(Receipt(call.sent[-1].sequence, 1001.25, math.nan, math.nan)), 9.0)
+    assert call.events[-1].transfer_s == pytest.approx(0.3)
+    assert call.link_state("device", 9.0).samples[0].age_s == pytest.approx(7.7)
+    call.push(submit(2, [b"abc"]), [b"abc"], 3, 2, 9.0)
+    assert call.sent[-1].takes_receipt
 
 
 def test_a_probe_is_acknowledged_and_thrown_away():
     call = FakeCall().come_up()
     call.tell_data(Envelope(1, Probe()), [bytes(100)], 0.1)
-    assert call.said[-1] == Ack(1)
+    assert call.said[-1].receipt.sequence == 1
     assert [type(event) for event in call.events] == [Connected]
 
 
@@ -439,7 +459,7 @@ def test_a_request_from_a_node_counts_as_malformed_but_is_acknowledged():
     call = FakeCall().come_up()
     call.tell_data(Envelope(1, submit(1, [b"abc"])), [b"abc"], 0.1)
     assert call.traffic.malformed_messages == 1
-    assert call.said[-1] == Ack(1)
+    assert call.said[-1].receipt.sequence == 1
 
 
 def test_a_node_that_sends_nothing_but_nonsense_is_given_up():

@@ -22,7 +22,7 @@ from runtime.wire.messages import (
     Welcome,
     encode,
 )
-from tests.hubs import HELLO, result, submit, welcome
+from tests.hubs import HELLO, ack, result, submit, welcome
 
 
 class Client:
@@ -176,7 +176,7 @@ def test_results_wait_for_the_data_connection_to_speak():
     assert client.got == []
     client.tell_data(Envelope(0, Probe()))
     assert [type(envelope.body) for envelope in client.got] == [Result]
-    client.tell(Ack(client.got[0].sequence), 0.5)
+    client.tell(ack(client.got[0].sequence), 0.5)
     assert [(event.tag, event.waited_s) for event in door.of(Delivered)] == [("r", -0.1)]
 
 
@@ -189,8 +189,8 @@ def test_what_was_in_flight_goes_out_again_on_a_new_data_connection_with_its_old
     client.data_generation = 4
     client.tell_data(Envelope(0, Probe()), now_s=0.2)
     assert [envelope.sequence for envelope in client.got] == [number]
-    client.tell(Ack(number), 0.3)
-    client.tell(Ack(number), 0.3)
+    client.tell(ack(number), 0.3)
+    client.tell(ack(number), 0.3)
     assert len(door.of(Delivered)) == 1
 
 
@@ -213,8 +213,8 @@ def test_a_result_withdrawn_in_flight_goes_on_unheeded():
         guest.push(result(1, [b"abc"]), [b"abc"], 3, tag, 0.1)
     guest.withdraw("a", 0.2)
     assert len(client.got) == 1
-    client.tell(Ack(client.got[0].sequence), 0.3)
-    client.tell(Ack(client.got[1].sequence), 0.4)
+    client.tell(ack(client.got[0].sequence), 0.3)
+    client.tell(ack(client.got[1].sequence), 0.4)
     assert [event.tag for event in door.of(Delivered)] == ["b"]
 
 
@@ -249,7 +249,7 @@ def test_data_that_a_client_may_not_send_is_acknowledged_and_dropped():
     client.tell_data(Envelope(2, submit(1, [b"abc"])), [])
     client.tell_data(Envelope(3, submit(1, [])), [b"abc"])
     assert door.num_malformed == 3
-    assert [message for message in client.heard if isinstance(message, Ack)] == [Ack(1), Ack(2), Ack(3)]
+    assert [message.receipt.sequence for message in client.heard if isinstance(message, Ack)] == [1, 2, 3]
     assert door.of(ReceivedData) == []
 
 

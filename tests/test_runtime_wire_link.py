@@ -110,8 +110,10 @@ def test_a_receipt_that_cannot_be_read_gives_no_sample_and_asks_for_a_word_of_it
     assert meter.add_receipt(MB, 100.0, Receipt(1, 7.0, math.nan, math.nan), 103.0) == 3.0
     assert not meter.reads_receipts
     measure(meter, 1.0)
-    assert meter.reads_receipts
+    assert not meter.reads_receipts
     ping(meter, 0.01)
+    assert meter.add_receipt(10, 100.0, Receipt(1, 101.0, math.nan, math.nan), 103.0) == pytest.approx(1.0)
+    assert meter.reads_receipts
     for outside_s in (99.0, 104.0, -1e300, math.nan, math.inf):
         assert meter.add_receipt(MB, 100.0, Receipt(1, outside_s, math.nan, math.nan), 103.0) == 3.0
         assert not meter.reads_receipts

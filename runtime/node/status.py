@@ -1,13 +1,17 @@
 """What a node tells of itself and of others, and how it words what went wrong."""
 
 import dataclasses
+import math
 import traceback
+from collections.abc import Sequence
 
 import torch
 
 from runtime.errors import PlanError
+from runtime.types import LinkState
 from runtime.wire.channel import Hub
 from runtime.wire.events import Peer
+from runtime.wire.link import SAMPLES
 from runtime.wire.messages import LinkReport, Status
 
 
@@ -25,6 +29,24 @@ def aged(status: Status, age_s: float) -> Status:
             )
             for link in status.links
         ),
+    )
+
+
+def join_links(states: Sequence[LinkState]) -> LinkState:
+    """Put together what several conversations with one node measured of the link to it.
+
+    Two edge nodes hold two, for each connects to the other; tiles go out in one and come back in the other.
+
+    Args:
+        states: one or more, of the same two ends.
+    """
+    samples = sorted((sample for state in states for sample in state.samples), key=lambda sample: sample.age_s)
+    freshest = min(states, key=lambda state: state.samples[0].age_s if state.samples else math.inf)
+    return dataclasses.replace(
+        freshest,
+        samples=tuple(samples[:SAMPLES]),
+        rtt_s=min((state.rtt_s for state in states if not math.isnan(state.rtt_s)), default=math.nan),
+        backlog_bytes=sum(state.backlog_bytes for state in states),
     )
 
 

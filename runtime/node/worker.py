@@ -21,7 +21,7 @@ from runtime.node.hosted import HostedModel
 from runtime.node.job import Conditions, Job
 from runtime.node.scatter import Scatter
 from runtime.node.state import Forget, Forward, Instruction, Key, NodeMachine, Refuse, Reply, Resume, Run
-from runtime.node.status import aged, explain_failure, last_bandwidth
+from runtime.node.status import aged, explain_failure, join_links, last_bandwidth
 from runtime.types import NodeState, Tier
 from runtime.wire.channel import Hub
 from runtime.wire.codec import AutoCodec
@@ -470,10 +470,13 @@ class Worker:
     def _send_status(self, now_s: float) -> None:
         state = self._state(now_s)
         peers = tuple(aged(status, now_s - at_s) for at_s, status in self._heard.values())
-        links = {peer: self._report(peer) for peer in (*self._next.values(), *self._clients)}
+        onward = {name: self._report([peer]) for name, peer in self._next.items()}
         for client in self._clients:
-            mine = (links[client], *(links[peer] for peer in self._next.values()))
-            self._hub.send(client, Status(state, mine, peers))
+            if client.name in self._next:
+                onward[client.name] = self._report([self._next[client.name], client])
+        for client in self._clients:
+            back = {} if client.name in onward else {client.name: self._report([client])}
+            self._hub.send(client, Status(state, (*back.values(), *onward.values()), peers))
 
     def _state(self, now_s: float) -> NodeState:
         load = self._machine.load
@@ -490,5 +493,6 @@ class Worker:
             overruns=0 if self._emulator is None else self._emulator.overruns,
         )
 
-    def _report(self, peer: Peer) -> LinkReport:
-        return to_report(self._hub.link_state(peer))
+    def _report(self, conversations: Sequence[Peer]) -> LinkReport:
+        """What was measured of the link to a node or a device, in all conversations with it."""
+        return to_report(join_links([self._hub.link_state(peer) for peer in conversations]))

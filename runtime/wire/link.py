@@ -3,8 +3,8 @@
 The queue is ours, not the socket's: one tensor message is in flight at a time, so the bytes that wait are known and can
 still be withdrawn, and every acknowledgement measures the link:
 
-    transfer = acknowledged - started - rtt / 2     told by a message of its own, sent at once
-    transfer = received - started                   told by a receipt that rode on other data; see `LinkMeter.add_receipt`
+    transfer = received - started                   by two clocks whose difference pings tell; see `LinkMeter.add_receipt`
+    transfer = acknowledged - started - rtt / 2     by one, while the other cannot be read
 """
 
 import math
@@ -81,7 +81,7 @@ class LinkMeter:
         self.rtt_s = self.ahead_s = math.nan
 
     def add_transfer(self, nbytes: int, started_s: float, acknowledged_s: float) -> float:
-        """Take in an acknowledged transfer.
+        """Take in a transfer by when its acknowledgement came.
 
         Args:
             nbytes: bytes that were sent; under `MIN_SAMPLE_BYTES` they give no bandwidth sample.
@@ -91,7 +91,6 @@ class LinkMeter:
         Returns:
             Seconds of the transfer itself, more than 0.
         """
-        self.reads_receipts = True  # or will by now
         elapsed_s = acknowledged_s - started_s
         half_rtt_s = 0.0 if math.isnan(self.rtt_s) else self.rtt_s / 2
         # An acknowledgement takes a round trip at least, so half of what passed is a floor whatever the pings said.
@@ -101,11 +100,11 @@ class LinkMeter:
         return transfer_s
 
     def add_receipt(self, nbytes: int, started_s: float, receipt: Receipt, now_s: float) -> float:
-        """Take in a transfer whose receipt rode on other data, whose own transfer must not count.
+        """Take in a transfer by its receipt, however late that came or was read: it may have ridden on other data.
 
         Two clocks are known to each other within half of the shortest round trip, whichever side measured it. A receipt that
         contradicts this cannot be read, because a clock has jumped, or no ping was ever answered at once: then the transfer
-        gives no sample, and the next one is to be acknowledged by a message of its own.
+        gives no sample here, and the next one is to be acknowledged by a message of its own, which `add_transfer` can read.
 
         Args:
             nbytes: as for `add_transfer`.

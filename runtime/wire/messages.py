@@ -13,7 +13,7 @@ import msgspec
 from runtime.presets import NodeEmulation
 from runtime.types import CODECS, GraphSpec, NodeProfile, NodeState, Plan, Tier
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised whenever a message changes its meaning; peers of different versions refuse each other by name."""
 
 CAPABILITIES = CODECS[1:]
@@ -109,6 +109,22 @@ class Goodbye(msgspec.Struct, frozen=True, tag=True):
 # --- control: liveness, measurement ---------------------------------------------------------------------------------
 
 
+class Receipt(msgspec.Struct, frozen=True, array_like=True):
+    """A data message has arrived whole: travels in an `Ack`, or rides on a data message."""
+
+    sequence: int
+    received_s: float  # in its sender's clock
+    rtt_s: float  # how well its sender knows the other clock, NaN: not at all
+    ahead_s: float  # what that clock shows more than its own
+
+
+class Ack(msgspec.Struct, frozen=True, tag=True):
+    """A receipt on control."""
+
+    receipt: Receipt
+    held_s: float = 0.0  # how long ago, for whoever cannot read the other clock
+
+
 class Ping(msgspec.Struct, frozen=True, tag=True):
     """Asks for a `Pong`: gives the round-trip time and shows that the peer lives."""
 
@@ -120,13 +136,6 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
 
     number: int
     clock_s: float  # of whoever answers: says nothing by itself, but dates its receipts for whoever pinged
-
-
-class Ack(msgspec.Struct, frozen=True, tag=True):
-    """A data message has arrived whole."""
-
-    sequence: int
-    held_s: float = 0.0  # how long ago
 
 
 class LinkReport(msgspec.Struct, frozen=True):
@@ -208,15 +217,6 @@ class Probe(msgspec.Struct, frozen=True, tag=True):
 
 
 DataMessage = Submit | Result | Probe
-
-
-class Receipt(msgspec.Struct, frozen=True, array_like=True):
-    """An acknowledgement that rides on a data message."""
-
-    sequence: int
-    received_s: float  # in its sender's clock
-    rtt_s: float  # how well its sender knows the other clock, NaN: not at all
-    ahead_s: float  # what that clock shows more than its own
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):

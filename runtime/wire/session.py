@@ -181,13 +181,13 @@ class Session(Peer, ABC):
         frames = tuple(parts[1:])
         is_new = envelope.sequence > self._last_received  # if not, our word was on its way when it was sent again
         is_expected = isinstance(body, self.incoming) and len(frames) == len(body.tensors)
+        receipt = Receipt(envelope.sequence, now_s, self.meter.rtt_s, self.meter.ahead_s)
         if is_new and is_expected and envelope.takes_receipt:
-            if self._receipt is not None:
-                self.settle(now_s)
-            self._receipt = Receipt(envelope.sequence, now_s, self.meter.rtt_s, self.meter.ahead_s)
+            self.settle(now_s)
+            self._receipt = receipt
         else:
             # Whatever is wrong with it, it has arrived: without a word the sender's queue would stand still.
-            self.say(Ack(envelope.sequence))
+            self.say(Ack(receipt))
         if not is_new:
             return
         self._last_received = envelope.sequence
@@ -205,7 +205,7 @@ class Session(Peer, ABC):
         receipt = self._receipt
         if receipt is not None:
             self._receipt = None
-            self.say(Ack(receipt.sequence, now_s - receipt.received_s))
+            self.say(Ack(receipt, now_s - receipt.received_s))
 
     def count_received(self, nbytes: int) -> None:
         """Count bytes that came."""
@@ -219,11 +219,14 @@ class Session(Peer, ABC):
     def take_ack(self, ack: Ack, now_s: float) -> None:
         """Complete the message in flight, and start the next one."""
         self._heard_s = now_s
-        item = self.uplink.ack(ack.sequence)
+        item = self.uplink.ack(ack.receipt.sequence)
         if item is None:
             return
-        held_s = ack.held_s if 0.0 <= ack.held_s <= now_s - item.started_s else 0.0
-        self._complete(item, self.meter.add_transfer(item.nbytes, item.started_s, now_s - held_s), now_s)
+        transfer_s = self.meter.add_receipt(item.nbytes, item.started_s, ack.receipt, now_s)
+        if not self.meter.reads_receipts:
+            held_s = ack.held_s if 0.0 <= ack.held_s <= now_s - item.started_s else 0.0
+            transfer_s = self.meter.add_transfer(item.nbytes, item.started_s, now_s - held_s)
+        self._complete(item, transfer_s, now_s)
 
     def _take_receipt(self, receipt: Receipt, now_s: float) -> None:
         item = self.uplink.ack(receipt.sequence)
