@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import PlanError
 from runtime.planning.problem import make_stage
-from runtime.planning.tile_search import TileChoice, TileSearch, choose_tiles, find_grids
+from runtime.planning.tile_search import TileChoice, TileSearch, choose_tiles, find_grids, fit_lines
 from runtime.planning.tiles import TileNode, cost_tiles
 from runtime.planning.tiling import find_spans, plan_tiles
 from runtime.profiles.shipped import load_shipped_profile
@@ -124,6 +124,23 @@ def test_unequal_nodes_get_unequal_tiles() -> None:
     assert line == pytest.approx(10, abs=1)
     compute = choice.costs[0].compute_s
     assert max(compute) < 1.15 * min(compute)
+
+
+def test_lines_are_fitted_to_the_nodes_unless_the_span_was_better_as_it_was() -> None:
+    graph, span = same_convs(2), TileSpan(0, 2, (12, 22), ())
+    near, far = (make_nodes(graph, 1.0, 1.5, 11.0, bps=bps) for bps in (1e10, 1e8))
+    fitted = fit_lines(graph, span, near)
+    assert cost_tiles(graph, fitted, near).total_s < 0.5 * cost_tiles(graph, span, near).total_s
+    # A fast node behind a slow link is not to be sent the most; but there lines go by speed, and get stuck.
+    assert cost_tiles(graph, fitted, far).total_s > cost_tiles(graph, span, far).total_s
+    assert fit_lines(graph, span, far) == span
+
+
+def test_lines_stay_where_they_were_when_those_by_speed_would_meet() -> None:
+    graph = same_convs(1, size=8)
+    for span in (TileSpan(0, 1, (4,), ()), TileSpan(0, 1, (), (4,))):
+        assert fit_lines(graph, span, make_nodes(graph, 1.0, 100.0)) == span
+        assert fit_lines(graph, span, make_nodes(graph, 1.0, 3.0)) != span
 
 
 def test_a_node_that_is_too_slow_gets_no_tile() -> None:

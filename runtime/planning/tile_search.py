@@ -101,7 +101,10 @@ def choose_tiles(graph: GraphSpec, nodes: Sequence[TileNode], start: int = 0, st
 
 
 def fit_lines(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> TileSpan:
-    """Cut a span where these nodes want it, whichever it was cut for: the same layers and grid, the head first."""
+    """Cut a span where these nodes want it, whichever it was cut for: the same layers and grid, the head first.
+
+    The span as it is where that is no slower: speeds say nothing of links.
+    """
     num_rows, num_cols = len(span.row_lines) + 1, len(span.col_lines) + 1
     speed = [1.0 / max(math.fsum(node.tiled_s[span.start : span.stop]), 1e-12) for node in nodes[: num_rows * num_cols]]
     shares = np.reshape(speed, (1, num_rows, num_cols))
@@ -111,9 +114,10 @@ def fit_lines(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> Ti
     )
     fitted = replace(span, row_lines=tuple(rows.tolist()), col_lines=tuple(cols.tolist()))
     try:
-        return _shift_lines(graph, fitted, nodes)
+        fitted = _shift_lines(graph, fitted, nodes)
     except PlanError:  # lines that meet: a small map, and speeds far apart
         return span
+    return min(span, fitted, key=lambda each: cost_tiles(graph, each, nodes).total_s)
 
 
 def _shift_lines(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> TileSpan:
