@@ -1,11 +1,17 @@
 """Plans in tiles in the twin: what they take by hand, where nodes are busy or gone, and as planning predicts them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from env.backend import Ended
+from env.calibrate import probe
 from env.draw import SCENARIOS
 from env.kernel import tiles
+from env.kernel.layout import SLOTS
 from env.kernel.nodes import CAPACITY
+from env.play import playable
 from env.scenario import SyntheticScenario
 from env.site import Site
 from env.twin import OUTCOMES, Twin
@@ -42,7 +48,7 @@ FIRST, SECOND = TileSpan(1, 4, (SIZE // 2,), ()), TileSpan(5, LAYERS, (SIZE // 2
 THREE = TileSpan(1, 4, (26, 52), ())
 
 
-def tower_site(speeds: dict[str, float]) -> Site:
+def tower_site(speeds: dict[str, float], *, device_has_model: bool = True) -> Site:
     """Convolutions of one size; edge nodes are far faster than device and cloud, unless told otherwise."""
     same = (Window(3, 1, 1), Window(3, 1, 1))
     ops = [
@@ -51,7 +57,8 @@ def tower_site(speeds: dict[str, float]) -> Site:
     ]
     graph = spatial_graph((SIZE, SIZE), ops)
     deployment = make_deployment(
-        edges=sum(name.startswith("edge") for name in speeds), constraints=Constraints(deadline_s=60.0)
+        edges=sum(name.startswith("edge") for name in speeds),
+        constraints=Constraints(deadline_s=60.0, device_has_model=device_has_model),
     )
     nodes = {
         name: NodeProfile((LAYER_S / speed,) * LAYERS, 1e9, 1e9, FIXED_S)
@@ -166,6 +173,55 @@ def test_what_goes_on_stands_ahead_of_what_waits(site):
     assert latency_s == pytest.approx(own_s + 1e-3 + back_at_s - own_s + back_s - 2.0, abs=1e-9)
 
 
+@pytest.mark.parametrize("later_s", np.arange(0.0, 0.5, 0.0625).tolist())
+def test_readings_do_not_let_what_waits_overtake_what_goes_on(site, later_s):
+    """A status tells, and a request that comes asks, how many background requests wait: they wait on all the same."""
+    cost, (up_s, back_s) = cost_of(site, FIRST, "edge0", "edge1"), way_s(site)
+    begins_s = 4.0 + later_s + up_s + 4 * LAYER_S
+    own_s = begins_s + cost.compute_s[0] + 2 * FIXED_S
+    back_at_s = own_s + 0.15
+    peer = ([4.0 + later_s], [back_at_s - cost.compute_s[1] - cost.gather_s[1] - 4.0 - later_s])
+    # One has the head from before the tile is back until after; the second waits behind it, for long.
+    free_s = back_at_s + 0.05
+    head = ([own_s + 1e-3, own_s + 2e-3], [free_s - own_s - 1e-3, 1.0])
+    world = quiet_world(site, [4.0 + later_s, 30.0], edge1=peer, edge0=head)
+    (latency_s,) = play(site, world, [ONE_SPAN])
+    assert latency_s == pytest.approx(free_s + back_s - 4.0 - later_s, abs=1e-9)
+    # Another request is there while the tile is out: behind the background requests that came before it.
+    sent_s = own_s + 0.1 - up_s
+    world = quiet_world(site, [4.0 + later_s, sent_s, 30.0], edge1=peer, edge0=head)
+    latency_s = play(site, world, [ONE_SPAN, WHOLE])
+    ends_s = free_s, free_s + 1.0 + LAYERS * LAYER_S
+    assert latency_s + np.array([4.0 + later_s, sent_s]) == pytest.approx(
+        [end_s + back_s for end_s in ends_s], abs=1e-9
+    )
+
+
+def test_what_waits_stays_behind_when_the_request_before_it_is_given_up():
+    """The head is free at once, and goes on with what has its tiles back: not with background that was counted."""
+    site = tower_site({**SPEEDS, DEVICE_NODE: 1.0})
+    cost, (up_s, back_s) = cost_of(site, FIRST, "edge0", "edge1"), way_s(site)
+    own_s = begins_s(site) + cost.compute_s[0] + 2 * FIXED_S
+    sent_s = own_s + 1e-3 - up_s  # comes to the head when it has just left its processor
+    back_at_s = own_s + 0.06
+    world = quiet_world(
+        site,
+        [2.0, sent_s, 9.0],
+        edge1=([2.0], [back_at_s - cost.compute_s[1] - cost.gather_s[1] - 2.0]),
+        edge0=([own_s + 0.05], [1.0]),
+    )
+    given_up_s = own_s + 0.11  # the second has its answer from the device, which began when all was late
+    world.deadline_s[0, 1] = given_up_s - LAYERS * LAYER_S - sent_s + 0.01 + 1.5 * LAYERS * LAYER_S
+    twin = Twin(1, 3)
+    twin.load(0, site, world)
+    twin.begin(LANE)
+    for plan in (ONE_SPAN, WHOLE):
+        twin.step(LANE, np.array([twin.add_plan(0, plan)]))
+    latency_s, _, outcomes = twin.requests(np.zeros(2, dtype=np.int64), np.arange(2))
+    assert [OUTCOMES[code] for code in outcomes] == ["remote", "local"]
+    assert latency_s + np.array([2.0, sent_s]) == pytest.approx([given_up_s + back_s, given_up_s], abs=1e-9)
+
+
 def test_head_does_a_tile_itself_that_is_refused(site):
     cost, (_, back_s) = cost_of(site, FIRST, "edge0", "edge1"), way_s(site)
     many = CAPACITY + 2
@@ -175,6 +231,41 @@ def test_head_does_a_tile_itself_that_is_refused(site):
     own_s = begins_s(site) + cost.compute_s[0] + 2 * FIXED_S
     redone_s = cost.compute_s[1]  # both are as fast
     assert latency_s == pytest.approx(max(heard_s, own_s) + redone_s + back_s - 2.0, abs=1e-9)
+
+
+def test_a_head_counts_requests_whose_tiles_are_out_against_its_capacity():
+    site = tower_site({"edge0": 50.0, "edge1": 50.0})
+    count = CAPACITY + 1
+    # No tile is back before the last request comes, and the head has done its own work of all the others.
+    world = quiet_world(site, [*np.linspace(2.0, 2.1, count), 9.0], edge1=([2.0], [0.3]))
+    world.rate_bps[:], world.scale[:], world.rtt_s[:] = PEER_BPS, 1.0, PEER_RTT_S
+    twin = Twin(1, count + 1)
+    twin.load(0, site, world)
+    twin.begin(LANE)
+    for _ in range(count):
+        twin.step(LANE, np.array([twin.add_plan(0, ONE_SPAN)]))
+    latency_s, _, outcomes = twin.requests(np.zeros(count, dtype=np.int64), np.arange(count))
+    assert [OUTCOMES[code] for code in outcomes] == ["remote"] * CAPACITY + ["local"]
+    # The last is refused at once, and the device does it all when it hears of that.
+    up_s = site.problem.graph.values[0].tensor.nbytes * 8 / PEER_BPS
+    assert latency_s[-1] == pytest.approx(up_s + PEER_RTT_S + LAYERS * LAYER_S / 0.1, abs=1e-9)
+
+
+def test_a_tile_is_left_to_the_head_when_there_is_no_slot_for_it(site):
+    cost, (up_s, back_s) = cost_of(site, THREE, "edge0", "edge1", "edge2"), way_s(site)
+    waiting = SLOTS - 2  # of two tiles the second finds no slot
+    world = quiet_world(site, [*np.linspace(1.9, 2.0, waiting), 2.05, 9.0])
+    twin = Twin(1, waiting + 2)
+    twin.load(0, site, world)
+    twin.begin(LANE)
+    for _ in range(waiting):
+        twin.step(LANE, np.array([twin.add_plan(0, Plan((Tier.DEVICE,) * LAYERS))]))
+    twin.step(LANE, np.array([twin.add_plan(0, edge_plan("edge0", "edge1", "edge2", spans=(THREE,)))]))
+    (latency_s,), _, (outcome,) = twin.requests(LANE, LANE + waiting)
+    assert OUTCOMES[outcome] == "remote"
+    own_s = max(cost.compute_s[0] + 2 * FIXED_S, cost.scatter_s[1] + cost.compute_s[1] + cost.gather_s[1])
+    redone_s = cost.compute_s[2] * SPEEDS["edge2"] / SPEEDS["edge0"]
+    assert latency_s == pytest.approx(up_s + 4 * LAYER_S + own_s + redone_s + back_s, abs=1e-9)
 
 
 def test_head_waits_for_a_tile_only_so_long(site):
@@ -302,6 +393,22 @@ def test_compiled_prediction_and_features_equal_those_of_planning(rollouts):
     assert masked > 0  # nodes went down
 
 
+@pytest.mark.parametrize("device_has_model", [True, False])
+def test_tiles_are_masked_whose_head_has_been_silent_from_the_start(device_has_model):
+    place = tower_site({"edge0": 1.0, "edge1": 0.7}, device_has_model=device_has_model)
+    known, slots = place.candidates, place.candidates.costs.layout.node_slot
+    for gone in (["edge0"], ["edge0", "edge1"], ["edge0", "edge1", "cloud"]):
+        world = quiet_world(place, [2.0, 9.0])
+        for name in gone:
+            world.is_down[slots[name]] = True
+        twin = Twin(1, 2)
+        twin.load(0, place, world)
+        twin.begin(LANE)
+        mask = twin.seen.mask[0, : known.num_plans] > 0
+        assert (mask == known.mask(twin.state_arrays(place, LANE))[0, : known.num_plans]).all()
+        assert not any(mask[row] for row, plan in enumerate(known.plans[: known.num_plans]) if plan.tiles)
+
+
 def test_compiled_planner_chooses_tiles_as_that_of_planning():
     place = tower_site({"edge0": 1.0, "edge1": 0.7})
     planner = build_planner(place.problem)
@@ -318,6 +425,33 @@ def test_compiled_planner_chooses_tiles_as_that_of_planning():
         latency_s, _, _ = twin.requests(np.zeros(24, dtype=np.int64), np.arange(24))
         assert (latency_s == expected_s).all()
     assert tiled > 0
+
+
+class Probed:
+    """Stands where live nodes would: it keeps the plans that it is given."""
+
+    def __init__(self, site: Site) -> None:
+        self.sites, self.plans = (site,), []
+
+    def start_world(self, site: int, world: World) -> None: ...
+
+    def step(self, plan: Plan) -> tuple[bool, list[Ended]]:
+        self.plans.append(plan)
+        return False, []
+
+
+def test_plans_in_tiles_are_neither_probed_nor_played_as_other_clients(site):
+    backend = Probed(site)
+    probe(backend, 0, 40)
+    assert len(set(backend.plans)) > 5
+    assert any(plan.tiles for plan in site.candidates.plans)
+    assert not any(plan.tiles for plan in backend.plans)
+    world = quiet_world(site, [1.0, 2.0, 3.0])
+    both = replace(world, shift=np.zeros(2, dtype=np.intp), arrivals_s=np.tile(world.arrivals_s, (2, 1)))
+    asked_s = [sum(node.service_s) for node in playable(site, both).background]
+    # All that a client asks of one head, and nothing of the nodes that would run its tiles.
+    whole_s = [len(world.arrivals_s[0]) * LAYERS * LAYER_S, 0.0, 0.0, 0.0, 0.0]
+    assert sorted(asked_s, reverse=True) == pytest.approx(whole_s)
 
 
 def test_constants_are_those_of_the_runtime():

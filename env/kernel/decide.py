@@ -205,10 +205,6 @@ def _glance_tiles(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
         if r.path[link] == PEERS:
             v.s_per_byte[link] = 8.0 / v.s_per_byte[link]
             v.half_rtt_s[link] *= 0.5
-    v.untold = ZERO
-    for node in range(1, r.num_nodes):
-        if s.heard_s[client, node] == -math.inf:
-            v.untold |= 1 << node
     weigh_spans(w.tiles, r, v)
 
 
@@ -292,13 +288,15 @@ def weigh(r: Plans, v: View) -> tuple[int, float]:
 
 @compiled
 def nodes_down(r: Plans, v: View, row: int) -> int:
-    """How many of the nodes that a plan needs are down, and of its tiles' links not connected."""
+    """How many of the nodes that a plan needs are down.
+
+    `Candidates.penalty` counts links of tiles too of which nothing was told. Here their head is then down itself, and some
+    plan without tiles needs fewer nodes that are: the device's own, or a single edge node's.
+    """
     both, down = r.needs[row] & v.down, 0
     while both:
         both &= both - 1
         down += 1
-    if r.num_peers[row] > 0 and (v.untold >> r.node[row, 1]) & 1:
-        down += r.num_peers[row]  # nor is its head connected to them, as far as is known
     return down
 
 

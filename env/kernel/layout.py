@@ -183,7 +183,7 @@ LANE = np.dtype(
     + _fields(_I, "link_slot link_version meter_count", SERVERS)
     + _fields(_F, "link_start_s link_bytes measured_s", SERVERS)  # the last: of the newest sample
     # Nodes: the request that runs, when all that has started is done, background requests taken in, jobs started,
-    # service of all started; and the same as of the last start of a request.
+    # service of all started; and the same as of when a request last had the processor.
     + _fields(_I, "node_slot node_version node_bg node_jobs saved_bg saved_jobs", NODES)
     + _fields(_F, "node_free_s node_busy_s saved_free_s saved_busy_s", NODES)
     + _fields(_F, "ring_start_s ring_wait_s ring_end_s ring_ratio", NODES, RING)
@@ -231,7 +231,7 @@ VIEW = np.dtype(
     _fields(_F, "s_per_byte half_rtt_s backlog_bytes", LINKS)
     + _fields(_F, "k q_s", NODES)
     + _fields(_F, "device_backlog_s uplink_backlog_bytes input_bytes")
-    + _fields(_I, "down untold")  # a bit per node; the second where it has never told of its links
+    + _fields(_I, "down")  # a bit per node
     + _fields(_F, "tiled_s", ROWS),  # of the spans in tiles; nothing where a plan has none
     align=True,
 )

@@ -1,8 +1,8 @@
 """Nodes: one request runs at a time, first in, first out, among background requests; and what a node says of itself.
 
 Background requests cost no events. They are taken in when a request needs to know: until it starts, everything that
-came before it has been served. What was taken in since the last start of a request can be undone when that request is
-given up while it runs.
+came before it has been served. What was taken in since a request last had the processor can be undone: when that request
+is given up or computes for longer, or when another goes on, ahead of all that has not begun.
 """
 
 import math
@@ -91,6 +91,15 @@ def _save(s: Lane, node: int) -> None:
 
 
 @compiled
+def _restore(s: Lane, node: int) -> None:
+    """Undo what was taken in since a request last had the processor: background requests that came wait again."""
+    s.node_free_s[node] = s.saved_free_s[node]
+    s.node_bg[node] = s.saved_bg[node]
+    s.node_jobs[node] = s.saved_jobs[node]
+    s.node_busy_s[node] = s.saved_busy_s[node]
+
+
+@compiled
 def queue_length(w: World, r: Plans, s: Lane, node: int, at_s: float) -> int:
     """Requests that wait at an instant, background included."""
     waiting = 0
@@ -154,9 +163,12 @@ def schedule(w: World, r: Plans, s: Lane, node: int) -> None:
     slot = next_up(s, node)
     if slot < 0:
         return
-    # Who goes on stands ahead of the background requests that have not begun.
-    start_until_s = s.queued_s[slot] if s.place[slot] == NODE_READY else math.inf
-    take_background(w, r, s, node, s.queued_s[slot], start_until_s)
+    if s.place[slot] == NODE_READY:
+        # Who goes on stands ahead of the background requests that have not begun, even if they were counted meanwhile.
+        _restore(s, node)
+        take_background(w, r, s, node, s.queued_s[slot], s.queued_s[slot])
+    else:
+        take_background(w, r, s, node, s.queued_s[slot], math.inf)
     start_s = max(s.node_free_s[node], s.queued_s[slot], s.now_s)
     push(s, start_s, NODE, node, s.node_version[node])
 
@@ -217,10 +229,10 @@ def head_noise(w: World, s: Lane, slot: int) -> float:
 
 @compiled
 def go_on(s: Lane, node: int, slot: int, service_s: float) -> None:
-    """Let a request that runs compute for longer. It is no new job, and background requests that came wait again."""
-    s.node_bg[node], s.node_jobs[node] = s.saved_bg[node], s.saved_jobs[node]
+    """Let a request that runs compute for longer; it is no new job."""
+    _restore(s, node)
     s.node_free_s[node] = s.now_s + service_s
-    s.node_busy_s[node] = s.saved_busy_s[node] + service_s
+    s.node_busy_s[node] += service_s
     _run(s, node, slot)
 
 
@@ -257,11 +269,10 @@ def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
     node, place = s.server[slot], s.place[slot]
     s.place[slot] = 0
     if place == NODE_RUN:
-        unused_s = s.saved_free_s[node] - s.now_s
+        _restore(s, node)
+        s.node_busy_s[node] -= s.node_free_s[node] - s.now_s  # it would have had the processor for so much longer
         s.node_free_s[node] = s.now_s
-        s.node_bg[node] = s.saved_bg[node]
-        s.node_jobs[node] = s.saved_jobs[node]
-        s.node_busy_s[node] = s.saved_busy_s[node] - unused_s
+        _save(s, node)
         s.node_slot[node] = -1
         schedule(w, r, s, node)
     elif s.node_slot[node] < 0:

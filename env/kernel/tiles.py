@@ -10,8 +10,7 @@ node is not connected, refused, or took too long. Where nobody is connected the 
 Simpler than the runtime: the untiled layers of the edge all run before the first span, and k is noted at their end; tiles
 cross links that nobody else holds, raw, and leave no readings behind; a node is connected unless it is silent now and was
 `LOST_AFTER_S` ago; a lost connection ends no wait before patience does, and patience is by the slowest crossing of all tiles
-sent, not of those still out; a head that goes on stands ahead of other requests, but behind background that a reading has
-counted meanwhile; background is not turned away for requests that gather; segments of tiles are built already.
+sent, not of those still out; background is not turned away for requests that gather; segments of tiles are built already.
 """
 
 import math
