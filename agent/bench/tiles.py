@@ -201,7 +201,7 @@ def _tile_node(problem: PlanningProblem, state: SystemState, name: str) -> TileN
     there, back = state.link("edge0", name), state.link(name, "edge0")
     if there is None or back is None:
         return tile_node(profile)  # the head
-    # The fastest reading: on busy processors acknowledgements are read late, and all else is added for every message.
+    # The fastest reading: what every message costs, whatever its size, slows each of them and is added by itself.
     to_bps, from_bps = (max(x.bandwidth_bps for x in link.samples) for link in (there, back))
     return tile_node(profile, to_bps, from_bps, there.rtt_s)
 

@@ -168,7 +168,7 @@ class Delivered(msgspec.Struct, frozen=True):
     peer: Peer
     tag: Hashable
     nbytes: int  # header and frames
-    transfer_s: float  # acknowledgement - start - half a round trip
+    transfer_s: float  # from its start until it was there whole; half a round trip stands for one way
     waited_s: float  # in our queue, before the start
 
 
