@@ -4,7 +4,7 @@ import torch
 
 from agent.checkpoint import weight_shapes
 from agent.frozen import PLANNER_SCALE
-from agent.network import HIDDEN, export_weights, import_weights
+from agent.network import CHUNK, HIDDEN, export_weights, import_weights
 from runtime.planning.cost import predict_total
 from runtime.planning.estimators import tuned_arrays
 from runtime.planning.policies.planner import build_planner
@@ -42,6 +42,17 @@ def test_the_order_of_the_candidates_does_not_matter() -> None:
         assert torch.allclose(policy.get_distribution(turned).distribution.logits, logits[:, turn], atol=1e-4)
         assert torch.allclose(policy.predict_values(turned), value, atol=1e-4)
     assert value.std() > 0
+
+
+def test_more_observations_than_are_scored_at_a_time_are_scored_as_alone() -> None:
+    policy = trained().policy
+    few = {key: torch.from_numpy(rows).float() for key, rows in observe(features()).items()}
+    many = {key: rows.repeat(CHUNK // len(rows) + 2, 1) for key, rows in few.items()}
+    assert len(many["mask"]) > CHUNK
+    assert len(many["mask"]) % CHUNK
+    with torch.no_grad():
+        alone, together = policy.extract_features(few), policy.extract_features(many)
+    assert torch.allclose(together, alone.repeat(CHUNK // len(alone) + 2, 1), atol=1e-5)
 
 
 def test_training_learns_what_the_planner_would_not_do() -> None:
