@@ -46,7 +46,7 @@ class CandidateScorer(BaseFeaturesExtractor):
 
     def forward(self, observations: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Score and pool."""
-        chunks = zip(*(observations[key].split(CHUNK) for key in ("candidates", "context", "mask")), strict=True)
+        chunks = zip(*(torch.split(observations[key], CHUNK) for key in ("candidates", "context", "mask")), strict=True)
         return torch.cat([self._score(*chunk) for chunk in chunks])
 
     def _score(self, candidates: torch.Tensor, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -197,6 +197,25 @@ def test_readings_do_not_let_what_waits_overtake_what_goes_on(site, later_s):
     )
 
 
+@pytest.mark.parametrize("later_s", [0.0, 0.125, 0.25, 0.375])
+def test_readings_keep_what_runs_however_many_wait_behind_it(site, later_s):
+    """Of some of these a tick lies within the gather; more requests came before and wait then than a node remembers."""
+    cost, (up_s, back_s) = cost_of(site, FIRST, "edge0", "edge1"), way_s(site)
+    own_s = 4.0 + later_s + up_s + 4 * LAYER_S + cost.compute_s[0] + 2 * FIXED_S
+    back_at_s = own_s + 0.15
+    peer = ([4.0 + later_s], [back_at_s - cost.compute_s[1] - cost.gather_s[1] - 4.0 - later_s])
+    free_s = back_at_s + 0.05
+    before_s = [1.0 + 0.05 * at for at in range(20)]
+    behind_s = [own_s + 2e-3 + 1e-4 * at for at in range(18)]
+    head = (
+        [*before_s, own_s + 1e-3, *behind_s],
+        [*[1e-3] * len(before_s), free_s - own_s - 1e-3, *[1e-3] * len(behind_s)],
+    )
+    world = quiet_world(site, [4.0 + later_s, 30.0], edge1=peer, edge0=head)
+    (latency_s,) = play(site, world, [ONE_SPAN])
+    assert latency_s == pytest.approx(free_s + back_s - 4.0 - later_s, abs=1e-9)
+
+
 def test_what_waits_stays_behind_when_the_request_before_it_is_given_up():
     """The head is free at once, and goes on with what has its tiles back: not with background that was counted."""
     site = tower_site({**SPEEDS, DEVICE_NODE: 1.0})

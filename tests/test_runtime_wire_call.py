@@ -369,6 +369,33 @@ def test_a_result_that_takes_a_receipt_is_acknowledged_with_its_age_when_no_data
     assert call.acks[1:] == [(5, pytest.approx(0.1)), (6, 0.0)]
 
 
+def test_every_acknowledgement_says_when_by_its_sender_s_clock_and_how_well_it_knows_the_other():
+    call = FakeCall().come_up()
+    call.tell(Pong(1, 1000.0), 0.1)  # its clock shows 1000 when ours shows 0.05
+    rtt_s, ahead_s = call.meter.rtt_s, call.meter.ahead_s
+    assert (rtt_s, ahead_s) == (pytest.approx(0.1), pytest.approx(999.95))
+    call.said.clear()
+    call.tell_data(Envelope(4, result(9, [])), [], 0.2)
+    call.tell_data(Envelope(5, result(10, []), takes_receipt=True), [], 0.3)
+    call.settle(0.35)
+    assert call.said == [
+        Ack(Receipt(4, 0.2, rtt_s, ahead_s)),
+        Ack(Receipt(5, 0.3, rtt_s, ahead_s), pytest.approx(0.05)),
+    ]
+
+
+def test_an_acknowledgement_that_cannot_be_read_gives_no_sample_of_what_went_out_twice():
+    call = FakeCall().come_up()
+    call.finish_probe(0.1)
+    samples = len(call.link_state("device", 1.0).samples)
+    call.push(submit(1, [bytes(20_000)]), [bytes(20_000)], 20_000, 1, 1.0)
+    call.uplink.postpone()
+    call.pump(2.0)
+    call.tell(ack(call.sent[-1].sequence), 2.001)
+    assert call.events[-1].transfer_s == pytest.approx(0.001)
+    assert len(call.link_state("device", 3.0).samples) == samples
+
+
 def test_what_is_not_handed_over_is_acknowledged_at_once():
     call = FakeCall().come_up()
     call.tell_data(Envelope(1, Probe(), takes_receipt=True), [bytes(100)], 0.1)

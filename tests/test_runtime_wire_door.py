@@ -249,7 +249,11 @@ def test_data_that_a_client_may_not_send_is_acknowledged_and_dropped():
     client.tell_data(Envelope(2, submit(1, [b"abc"])), [])
     client.tell_data(Envelope(3, submit(1, [])), [b"abc"])
     assert door.num_malformed == 3
-    assert [message.receipt.sequence for message in client.heard if isinstance(message, Ack)] == [1, 2, 3]
+    assert [(message.receipt.sequence, message.held_s) for message in client.heard if isinstance(message, Ack)] == [
+        (1, 0.0),
+        (2, 0.0),
+        (3, 0.0),
+    ]
     assert door.of(ReceivedData) == []
 
 

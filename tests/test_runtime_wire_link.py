@@ -107,7 +107,7 @@ def test_the_side_with_the_shorter_round_trip_says_how_the_clocks_differ():
 def test_a_receipt_that_cannot_be_read_gives_no_sample_and_asks_for_a_word_of_its_own():
     meter = LinkMeter()
     assert meter.reads_receipts
-    assert meter.add_receipt(MB, 100.0, Receipt(1, 7.0, math.nan, math.nan), 103.0) == 3.0
+    assert meter.add_receipt(MB, 100.0, Receipt(1, 7.0, math.nan, math.nan), 103.0) is None
     assert not meter.reads_receipts
     measure(meter, 1.0)
     assert not meter.reads_receipts
@@ -115,7 +115,7 @@ def test_a_receipt_that_cannot_be_read_gives_no_sample_and_asks_for_a_word_of_it
     assert meter.add_receipt(10, 100.0, Receipt(1, 101.0, math.nan, math.nan), 103.0) == pytest.approx(1.0)
     assert meter.reads_receipts
     for outside_s in (99.0, 104.0, -1e300, math.nan, math.inf):
-        assert meter.add_receipt(MB, 100.0, Receipt(1, outside_s, math.nan, math.nan), 103.0) == 3.0
+        assert meter.add_receipt(MB, 100.0, Receipt(1, outside_s, math.nan, math.nan), 103.0) is None
         assert not meter.reads_receipts
     assert len(meter.state("a", "b", 110.0, 0).samples) == 1
 
@@ -125,7 +125,9 @@ def test_no_receipt_breaks_the_meter(received_s, rtt_s, ahead_s, peer_clock_s, e
     meter = LinkMeter()
     for _ in range(2):
         receipt = Receipt(1, received_s, rtt_s, ahead_s)
-        assert 0 < meter.add_receipt(MB, 100.0, receipt, 100.0 + elapsed_s) <= 2 * max(elapsed_s, 1e-6)
+        transfer_s = meter.add_receipt(MB, 100.0, receipt, 100.0 + elapsed_s)
+        assert transfer_s is None or 0 < transfer_s <= 2 * max(elapsed_s, 1e-6)
+        assert (transfer_s is not None) == meter.reads_receipts
         state = meter.state("a", "b", 100.0 + elapsed_s, 0)
         assert all(sample.bandwidth_bps > 0 and sample.age_s >= 0 for sample in state.samples)
         meter.add_ping(50.0, 50.1, peer_clock_s)

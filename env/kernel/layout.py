@@ -183,7 +183,7 @@ LANE = np.dtype(
     + _fields(_I, "link_slot link_version meter_count", SERVERS)
     + _fields(_F, "link_start_s link_bytes measured_s", SERVERS)  # the last: of the newest sample
     # Nodes: the request that runs, when all that has started is done, background requests taken in, jobs started,
-    # service of all started; and the same as of when a request last had the processor.
+    # service of all started; and the same as of the last `nodes._save`.
     + _fields(_I, "node_slot node_version node_bg node_jobs saved_bg saved_jobs", NODES)
     + _fields(_F, "node_free_s node_busy_s saved_free_s saved_busy_s", NODES)
     + _fields(_F, "ring_start_s ring_wait_s ring_end_s ring_ratio", NODES, RING)

@@ -1,8 +1,8 @@
 """Nodes: one request runs at a time, first in, first out, among background requests; and what a node says of itself.
 
 Background requests cost no events. They are taken in when a request needs to know: until it starts, everything that
-came before it has been served. What was taken in since a request last had the processor can be undone: when that request
-is given up or computes for longer, or when another goes on, ahead of all that has not begun.
+came before it has been served. What was taken in since somebody last had the processor for good can be undone: when the
+request that has it is given up or computes for longer, or when another goes on, ahead of all that has not begun.
 """
 
 import math
@@ -92,7 +92,7 @@ def _save(s: Lane, node: int) -> None:
 
 @compiled
 def _restore(s: Lane, node: int) -> None:
-    """Undo what was taken in since a request last had the processor: background requests that came wait again."""
+    """Undo what was taken in since `_save`: background requests that came wait again."""
     s.node_free_s[node] = s.saved_free_s[node]
     s.node_bg[node] = s.saved_bg[node]
     s.node_jobs[node] = s.saved_jobs[node]
@@ -111,6 +111,11 @@ def queue_length(w: World, r: Plans, s: Lane, node: int, at_s: float) -> int:
         ):
             waiting += 1
     if waiting == 0:
+        # What has begun by now has the processor for good; the rest is only counted. So no more is ever undone than stands in
+        # the ring of jobs, which what is counted goes over.
+        _restore(s, node)
+        take_background(w, r, s, node, at_s, at_s)
+        _save(s, node)
         take_background(w, r, s, node, at_s, math.inf)
     jobs = s.node_jobs[node]
     for back in range(1, min(jobs, RING) + 1):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from runtime.errors import PlanError
 from runtime.types import LinkState
 from runtime.wire.channel import Hub
 from runtime.wire.events import Peer
-from runtime.wire.link import SAMPLES
+from runtime.wire.link import SAMPLES, to_report
 from runtime.wire.messages import LinkReport, Status
 
 
@@ -40,14 +40,45 @@ def join_links(states: Sequence[LinkState]) -> LinkState:
     Args:
         states: one or more, of the same two ends.
     """
+    if len(states) == 1:
+        return states[0]
     samples = sorted((sample for state in states for sample in state.samples), key=lambda sample: sample.age_s)
+    means = [math.log(state.mean_bandwidth_bps) for state in states if not math.isnan(state.mean_bandwidth_bps)]
     freshest = min(states, key=lambda state: state.samples[0].age_s if state.samples else math.inf)
     return dataclasses.replace(
         freshest,
         samples=tuple(samples[:SAMPLES]),
+        mean_bandwidth_bps=math.exp(math.fsum(means) / len(means)) if means else math.nan,
         rtt_s=min((state.rtt_s for state in states if not math.isnan(state.rtt_s)), default=math.nan),
         backlog_bytes=sum(state.backlog_bytes for state in states),
     )
+
+
+def tell_links(
+    client: Peer,
+    clients: Collection[Peer],
+    onward: Mapping[str, Peer],
+    equals: Collection[str],
+    link_state: Callable[[Peer], LinkState],
+) -> tuple[LinkReport, ...]:
+    """Give what a status tells one client of our links: the way back to it, then those onward, each once.
+
+    Args:
+        client: who is told.
+        clients: everybody who has connected to us.
+        onward: the nodes that we connect to, by name.
+        equals: those of them that are of our own tier, and may connect to us as well, by the same name. What is known of
+            such a link comes from all conversations.
+        link_state: what was measured in one conversation.
+    """
+
+    def report(name: str) -> LinkReport:
+        also = [other for other in clients if other.name == name] if name in equals else []
+        return to_report(join_links([link_state(peer) for peer in (onward[name], *also)]))
+
+    is_equal = client.name in equals
+    back = report(client.name) if is_equal else to_report(link_state(client))
+    return (back, *(report(name) for name in onward if not (is_equal and name == client.name)))
 
 
 def last_bandwidth(hub: Hub, peer: Peer) -> float:

@@ -21,7 +21,7 @@ from runtime.node.hosted import HostedModel
 from runtime.node.job import Conditions, Job
 from runtime.node.scatter import Scatter
 from runtime.node.state import Forget, Forward, Instruction, Key, NodeMachine, Refuse, Reply, Resume, Run
-from runtime.node.status import aged, explain_failure, join_links, last_bandwidth
+from runtime.node.status import aged, explain_failure, last_bandwidth, tell_links
 from runtime.types import NodeState, Tier
 from runtime.wire.channel import Hub
 from runtime.wire.codec import AutoCodec
@@ -39,7 +39,6 @@ from runtime.wire.events import (
     Rejected,
 )
 from runtime.wire.keys import load_keys
-from runtime.wire.link import to_report
 from runtime.wire.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
@@ -49,7 +48,6 @@ from runtime.wire.messages import (
     Failure,
     Hello,
     Hop,
-    LinkReport,
     Offer,
     Refused,
     Result,
@@ -470,13 +468,10 @@ class Worker:
     def _send_status(self, now_s: float) -> None:
         state = self._state(now_s)
         peers = tuple(aged(status, now_s - at_s) for at_s, status in self._heard.values())
-        onward = {name: self._report([peer]) for name, peer in self._next.items()}
+        equals = [name for name, tier in self._next_tiers.items() if tier is self._tier]
         for client in self._clients:
-            if client.name in self._next:
-                onward[client.name] = self._report([self._next[client.name], client])
-        for client in self._clients:
-            back = {} if client.name in onward else {client.name: self._report([client])}
-            self._hub.send(client, Status(state, (*back.values(), *onward.values()), peers))
+            links = tell_links(client, self._clients, self._next, equals, self._hub.link_state)
+            self._hub.send(client, Status(state, links, peers))
 
     def _state(self, now_s: float) -> NodeState:
         load = self._machine.load
@@ -492,7 +487,3 @@ class Worker:
             mode="real" if self._emulator is None else self._emulator.emulation.label,
             overruns=0 if self._emulator is None else self._emulator.overruns,
         )
-
-    def _report(self, conversations: Sequence[Peer]) -> LinkReport:
-        """What was measured of the link to a node or a device, in all conversations with it."""
-        return to_report(join_links([self._hub.link_state(peer) for peer in conversations]))

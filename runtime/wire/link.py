@@ -99,7 +99,7 @@ class LinkMeter:
             self._add_sample(acknowledged_s, nbytes * 8 / transfer_s)
         return transfer_s
 
-    def add_receipt(self, nbytes: int, started_s: float, receipt: Receipt, now_s: float) -> float:
+    def add_receipt(self, nbytes: int, started_s: float, receipt: Receipt, now_s: float) -> float | None:
         """Take in a transfer by its receipt, however late that came or was read: it may have ridden on other data.
 
         Two clocks are known to each other within half of the shortest round trip, whichever side measured it. A receipt that
@@ -113,7 +113,7 @@ class LinkMeter:
             now_s: this instant.
 
         Returns:
-            Seconds of the transfer itself, more than 0; of all that has passed, if the receipt cannot be read.
+            Seconds of the transfer itself, more than 0; None if the receipt cannot be read.
         """
         rtt_s, ahead_s = self.rtt_s, self.ahead_s
         if receipt.rtt_s < rtt_s or rtt_s != rtt_s:  # NaN is not itself
@@ -124,7 +124,7 @@ class LinkMeter:
             0.0 <= half_rtt_s <= elapsed_s and -half_rtt_s <= ended_s - started_s <= elapsed_s + half_rtt_s
         )
         if not self.reads_receipts:
-            return max(elapsed_s, _MIN_TRANSFER_S)
+            return None
         transfer_s = max(ended_s - started_s, half_rtt_s, _MIN_TRANSFER_S)  # one way takes half a round trip at least
         if nbytes >= MIN_SAMPLE_BYTES:
             self._add_sample(min(ended_s, now_s), nbytes * 8 / transfer_s)
@@ -205,6 +205,8 @@ class Outgoing(msgspec.Struct, Generic[Payload], eq=False):
     started_s: float = math.nan
     is_withdrawn: bool = False
     """In flight, and nobody waits for it any more."""
+    is_repeated: bool = False
+    """Went out before: an acknowledgement may be of that."""
 
     @property
     def waited_s(self) -> float:
@@ -257,6 +259,7 @@ class Uplink(Generic[Payload]):
     def postpone(self) -> None:
         """Put the message in flight back in front of the queue: it did not get out, or its connection is gone."""
         if self._in_flight is not None and not self._in_flight.is_withdrawn:
+            self._in_flight.is_repeated = True
             self.waiting.appendleft(self._in_flight)
         self._in_flight = None
 

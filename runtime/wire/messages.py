@@ -42,7 +42,7 @@ class Hop(msgspec.Struct, frozen=True, array_like=True):
     codec_s: float
     residence_s: float  # data in to result out, everything further up included
     state: NodeState  # the node's load when it answered
-    upload_s: float = 0.0  # to the next node, measured by acknowledgement
+    upload_s: float = 0.0  # to the next node, measured by receipt
     next_node: str = ""
     predicted_s: float = 0.0  # idle seconds predicted for the same segment
     tiles_s: float = 0.0  # beyond its own computing: cutting, sending, awaiting and joining tiles of other nodes
@@ -149,7 +149,10 @@ class LinkReport(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True, tag=True):
-    """A node's load and links, twice a second; `peers` forwards what it last heard of nodes behind it, aged."""
+    """A node's load and links, twice a second; `peers` forwards what it last heard of nodes behind it, aged.
+
+    The first of `links` is the way back to whoever is told, whatever its target is called here; then those onward.
+    """
 
     state: NodeState
     links: tuple[LinkReport, ...]

@@ -223,7 +223,7 @@ class Session(Peer, ABC):
         if item is None:
             return
         transfer_s = self.meter.add_receipt(item.nbytes, item.started_s, ack.receipt, now_s)
-        if not self.meter.reads_receipts:
+        if transfer_s is None and not item.is_repeated:
             held_s = ack.held_s if 0.0 <= ack.held_s <= now_s - item.started_s else 0.0
             transfer_s = self.meter.add_transfer(item.nbytes, item.started_s, now_s - held_s)
         self._complete(item, transfer_s, now_s)
@@ -234,7 +234,9 @@ class Session(Peer, ABC):
             transfer_s = self.meter.add_receipt(item.nbytes, item.started_s, receipt, now_s)
             self._complete(item, transfer_s, now_s)
 
-    def _complete(self, item: Outgoing[Payload], transfer_s: float, now_s: float) -> None:
+    def _complete(self, item: Outgoing[Payload], transfer_s: float | None, now_s: float) -> None:
+        if transfer_s is None:  # nothing tells it: all that has passed
+            transfer_s = max(now_s - item.started_s, 0.0)
         if not item.is_withdrawn and type(item.payload.body) is not Probe:
             self.emit(Delivered(self, item.tag, item.nbytes, transfer_s, item.waited_s))
         if self.uplink.waiting:
