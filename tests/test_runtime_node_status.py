@@ -54,8 +54,8 @@ def tell(client: Peer, clients: tuple[Peer, ...] = (DEVICE, CALLED_BY)) -> Statu
     def link_state(peer: Peer) -> LinkState:
         return replace(measured(0.1, bps=READINGS[peer]), source="edge1", target=peer.name)
 
-    links = tell_links(client, clients, {"cloud": CLOUD, "edge0": CALLS}, ["edge0"], link_state)
-    return Status(NodeState("edge1", Tier.EDGE, True), links)
+    links = tell_links(clients, {"cloud": CLOUD, "edge0": CALLS}, ["edge0"], link_state)
+    return Status(NodeState("edge1", Tier.EDGE, True), links[client])
 
 
 def test_whoever_is_told_hears_of_the_way_back_to_it_first_and_of_each_link_once():

@@ -326,7 +326,7 @@ def test_a_result_is_acknowledged_handed_over_once_and_never_twice():
     call = FakeCall().come_up()
     envelope = Envelope(4, result(9, [b"xyz"]))
     call.tell_data(envelope, [b"xyz"], 0.1)
-    assert call.said[-1].receipt.sequence == 4
+    assert (call.said[-1].receipt.sequence, call.said[-1].held_s) == (4, 0.0)
     (received,) = [event for event in call.events if isinstance(event, ReceivedData)]
     assert (received.body, [bytes(f) for f in received.frames]) == (envelope.body, [b"xyz"])
     call.said.clear()
@@ -340,13 +340,13 @@ def test_what_is_not_handed_over_is_acknowledged_at_once():
     call.tell_data(Envelope(1, Probe(), takes_receipt=True), [bytes(100)], 0.1)
     call.tell_data(Envelope(2, result(9, [b"abc"]), takes_receipt=True), [], 0.1)
     call.tell_data(Envelope(2, result(9, []), takes_receipt=True), [], 0.1)
-    assert [message.receipt.sequence for message in call.said[-3:]] == [1, 2, 2]
+    assert [(message.receipt.sequence, message.held_s) for message in call.said[-3:]] == [(1, 0.0), (2, 0.0), (2, 0.0)]
 
 
 def test_a_probe_is_acknowledged_and_thrown_away():
     call = FakeCall().come_up()
     call.tell_data(Envelope(1, Probe()), [bytes(100)], 0.1)
-    assert call.said[-1].receipt.sequence == 1
+    assert (call.said[-1].receipt.sequence, call.said[-1].held_s) == (1, 0.0)
     assert [type(event) for event in call.events] == [Connected]
 
 
@@ -376,7 +376,7 @@ def test_a_request_from_a_node_counts_as_malformed_but_is_acknowledged():
     call = FakeCall().come_up()
     call.tell_data(Envelope(1, submit(1, [b"abc"])), [b"abc"], 0.1)
     assert call.traffic.malformed_messages == 1
-    assert call.said[-1].receipt.sequence == 1
+    assert (call.said[-1].receipt.sequence, call.said[-1].held_s) == (1, 0.0)
 
 
 def test_a_node_that_sends_nothing_but_nonsense_is_given_up():

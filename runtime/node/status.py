@@ -55,30 +55,30 @@ def join_links(states: Sequence[LinkState]) -> LinkState:
 
 
 def tell_links(
-    client: Peer,
     clients: Collection[Peer],
     onward: Mapping[str, Peer],
     equals: Collection[str],
     link_state: Callable[[Peer], LinkState],
-) -> tuple[LinkReport, ...]:
-    """Give what a status tells one client of our links: the way back to it, then those onward, each once.
+) -> dict[Peer, tuple[LinkReport, ...]]:
+    """Give what a status tells each client of our links: the way back to it, then those onward, each once.
 
     Args:
-        client: who is told.
         clients: everybody who has connected to us.
         onward: the nodes that we connect to, by name.
         equals: those of them that are of our own tier, and may connect to us as well, by the same name. What is known of
             such a link comes from all conversations.
         link_state: what was measured in one conversation.
     """
-
-    def report(name: str) -> LinkReport:
-        also = [other for other in clients if other.name == name] if name in equals else []
-        return to_report(join_links([link_state(peer) for peer in (onward[name], *also)]))
-
-    is_equal = client.name in equals
-    back = report(client.name) if is_equal else to_report(link_state(client))
-    return (back, *(report(name) for name in onward if not (is_equal and name == client.name)))
+    reports = {}
+    for name, node in onward.items():
+        also = [client for client in clients if client.name == name] if name in equals else []
+        reports[name] = to_report(join_links([link_state(peer) for peer in (node, *also)]))
+    links = {}
+    for client in clients:
+        own = client.name if client.name in equals else None
+        back = to_report(link_state(client)) if own is None else reports[own]
+        links[client] = (back, *(report for name, report in reports.items() if name != own))
+    return links
 
 
 def last_bandwidth(hub: Hub, peer: Peer) -> float:

@@ -469,8 +469,7 @@ class Worker:
         state = self._state(now_s)
         peers = tuple(aged(status, now_s - at_s) for at_s, status in self._heard.values())
         equals = [name for name, tier in self._next_tiers.items() if tier is self._tier]
-        for client in self._clients:
-            links = tell_links(client, self._clients, self._next, equals, self._hub.link_state)
+        for client, links in tell_links(self._clients, self._next, equals, self._hub.link_state).items():
             self._hub.send(client, Status(state, links, peers))
 
     def _state(self, now_s: float) -> NodeState:

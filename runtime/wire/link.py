@@ -206,7 +206,7 @@ class Outgoing(msgspec.Struct, Generic[Payload], eq=False):
     is_withdrawn: bool = False
     """In flight, and nobody waits for it any more."""
     is_repeated: bool = False
-    """Went out before: an acknowledgement may be of that."""
+    """May have gone out before: an acknowledgement may be of that."""
 
     @property
     def waited_s(self) -> float:
