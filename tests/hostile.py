@@ -22,6 +22,7 @@ from runtime.wire.messages import (
     Goodbye,
     Hello,
     Hop,
+    LinkReport,
     Ping,
     Pong,
     Probe,
@@ -76,6 +77,25 @@ def riders(chance: random.Random) -> tuple[bool, Receipt | None]:
 def receipt(chance: random.Random, sequence: int) -> Receipt:
     """A receipt with whatever clocks."""
     return Receipt(sequence, *(chance.choice((0.0, -1.0, 1e-3, 1e300, math.nan, math.inf)) for _ in range(3)))
+
+
+def reading(chance: random.Random) -> float:
+    """A number that may or may not be a reading."""
+    return chance.choice((0.0, 1.5, -1.0, 1e300, 5e-324, math.nan, math.inf, -math.inf))
+
+
+def node_state(chance: random.Random) -> NodeState:
+    """Whatever a node may tell of itself."""
+    told = [reading(chance) for _ in range(4)]
+    number = chance.choice((0, 3, -5, 2**60))
+    return NodeState(chance.choice(("x", "cloud", "edge0")), Tier.CLOUD, True, *told[:2], number, *told[2:])
+
+
+def link_report(chance: random.Random) -> LinkReport:
+    """Whatever a node may tell of a link."""
+    samples = tuple((reading(chance), reading(chance)) for _ in range(chance.randrange(4)))
+    target = chance.choice(("device", "edge0", "elsewhere"))
+    return LinkReport(target, samples, reading(chance), reading(chance), chance.choice((0, -7, 2**62)))
 
 
 def client_messages(chance: random.Random) -> Message:
@@ -135,8 +155,8 @@ def mutate(chance: random.Random, parts: list[bytes]) -> list[bytes]:
 def node_messages(chance: random.Random, described: Described) -> Message:
     """A message that a node may or may not send."""
     frames = [bytes(chance.randrange(200)) for _ in range(chance.randrange(4))]
-    state = NodeState("x", Tier.CLOUD, True)
-    hop = Hop("x", 0.1, 0.0, 0.0, 0.1, state)
+    state = node_state(chance)
+    hop = Hop("x", *(reading(chance) for _ in range(4)), state)
     numbers = chance.randrange(-2, 50)
     choices: list[Message] = [
         (True, [encode(message)])
@@ -147,7 +167,7 @@ def node_messages(chance: random.Random, described: Described) -> Message:
             Ack(receipt(chance, numbers), chance.choice((0.0, -1.0, math.inf))),
             Failure(numbers, "busy", "no", "x"),
             Refused("unknown", "say it again"),
-            Status(state, (), (Status(state, ()),)),
+            Status(state, (link_report(chance),) * chance.randrange(3), (Status(state, (link_report(chance),)),)),
             Goodbye(),
         )
     ]

@@ -66,6 +66,33 @@ def test_a_head_tells_of_the_way_back_to_it_from_nodes_behind(board: Board) -> N
     assert board.state(FACTS, 2.0).link("cloud", "device") is None
 
 
+@pytest.mark.parametrize("told", [math.inf, -math.inf, -1.0, 1e300, math.nan])
+def test_a_reading_that_cannot_be_one_is_unknown(board: Board, told: float) -> None:
+    state = NodeState("edge0", Tier.EDGE, True, told, told, -3, told, told)
+    good = (0.5, 8e6)
+    link = LinkReport("me", ((told, 8e6), (0.5, told), good, (0.5, 0.0)), told, told, -4)
+    board.hear("edge0", Status(state, (link,)), 1.0)
+    heard = board.state(FACTS, 1.0).node("edge0")
+    assert heard is not None
+    assert all(math.isnan(value) for value in (heard.load_factor, heard.queue_delay_s, heard.utilisation_frac))
+    assert (heard.queue_length, heard.age_s) == (0, math.inf)
+    read = board.state(FACTS, 1.0).link("edge0", "device")
+    assert read is not None
+    assert [(s.age_s, s.bandwidth_bps) for s in read.samples] == [good]
+    assert math.isnan(read.mean_bandwidth_bps)
+    assert math.isnan(read.rtt_s)
+    assert read.backlog_bytes == 0
+
+
+def test_nodes_and_links_outside_the_deployment_are_not_kept(board: Board) -> None:
+    stranger = Status(NodeState("stranger", Tier.CLOUD, True, 2.0), (LinkReport("me", (), 8e6, 0.01, 0),))
+    links = (LinkReport("me", (), 8e6, 0.01, 0), LinkReport("stranger", (), 8e6, 0.01, 0))
+    board.hear("edge0", Status(NodeState("edge0", Tier.EDGE, True), links, (stranger,)), 0.0)
+    state = board.state(FACTS, 0.0)
+    assert [node.name for node in state.nodes] == ["edge0", "cloud"]
+    assert [(link.source, link.target) for link in state.links] == [("edge0", "device")]
+
+
 def test_the_rate_is_that_of_the_last_arrivals(board: Board) -> None:
     assert math.isnan(board.state(FACTS, 0.0).request_rate_hz)
     for i in range(20):

@@ -12,6 +12,12 @@ from runtime.wire.messages import LinkReport, Status
 RECENT = 8
 """How many prediction errors and arrivals are remembered."""
 
+MAX_LOAD_FACTOR = 1e6
+MAX_TOLD_S = 1e6
+MAX_BANDWIDTH_BPS = 1e15
+MAX_COUNT = 2**53
+"""What a node may tell at most: beyond, and below 0, a reading is unknown. Arithmetic on what remains stays finite."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
@@ -63,8 +69,10 @@ class Board:
                     self._note_link(peer.state.name, name, report, now_s)
 
     def _note_link(self, source: str, target: str, report: LinkReport, now_s: float) -> None:
-        """Keep what a node measured of a link; it reports the way back to whom it tells first."""
-        self._links[(source, target)] = (now_s, replace(from_report(report, source), target=target))
+        """Keep what a node measured of a link between nodes of the deployment."""
+        if source in self.tiers and (target in self.tiers or target == DEVICE_NODE):
+            link = _credible_link(from_report(report, source))
+            self._links[(source, target)] = (now_s, replace(link, target=target))
 
     def hear_reply(self, name: str, state: NodeState, now_s: float) -> None:
         """Note the load that a node told with an answer."""
@@ -73,6 +81,9 @@ class Board:
 
     def _note(self, name: str, state: NodeState, now_s: float) -> None:
         """Keep the fresher of two reports: a node may be heard directly and through the head."""
+        if name not in self.tiers:
+            return
+        state = _credible_node(state)
         known = self._nodes.get(name)
         if known is None or now_s - known[0] + known[1].age_s >= state.age_s:
             self._nodes[name] = (now_s, replace(state, name=name))
@@ -129,3 +140,37 @@ class Board:
 
 def _age_link(link: LinkState, age_s: float) -> LinkState:
     return replace(link, samples=tuple(LinkSample(s.age_s + age_s, s.bandwidth_bps) for s in link.samples))
+
+
+def _credible(value: float, most: float) -> float:
+    """A reading from 0 to `most` as it is, anything else as unknown."""
+    return value if 0.0 <= value <= most else math.nan
+
+
+def _count(value: int) -> int:
+    return min(max(value, 0), MAX_COUNT)
+
+
+def _credible_node(state: NodeState) -> NodeState:
+    """What may be believed of a node's report, which comes from outside; of unknown age is infinitely old."""
+    return replace(
+        state,
+        load_factor=_credible(state.load_factor, MAX_LOAD_FACTOR),
+        queue_delay_s=_credible(state.queue_delay_s, MAX_TOLD_S),
+        queue_length=_count(state.queue_length),
+        utilisation_frac=_credible(state.utilisation_frac, MAX_LOAD_FACTOR),
+        age_s=state.age_s if 0.0 <= state.age_s <= MAX_TOLD_S else math.inf,
+    )
+
+
+def _credible_link(link: LinkState) -> LinkState:
+    """What may be believed of a link's report, which comes from outside."""
+    return replace(
+        link,
+        samples=tuple(
+            s for s in link.samples if 0.0 <= s.age_s <= MAX_TOLD_S and 0.0 < s.bandwidth_bps <= MAX_BANDWIDTH_BPS
+        ),
+        mean_bandwidth_bps=_credible(link.mean_bandwidth_bps, MAX_BANDWIDTH_BPS),
+        rtt_s=_credible(link.rtt_s, MAX_TOLD_S),
+        backlog_bytes=_count(link.backlog_bytes),
+    )
