@@ -156,8 +156,7 @@ class TwinBackend:
             raise ConfigError(f"expected a world of 2 to {self._num_requests + 1} requests, got {world.num_requests}")
         self._book = self._books[site]
         self._twin.load(0, self._book.site, world)
-        self._reference_s = self._twin.plan(_LANE)[0, : world.num_requests - 1].copy()
-        self._twin.begin(_LANE)
+        self._reference_s = self._twin.start(_LANE)[0, : world.num_requests - 1].copy()
         self._sent = []
         self._is_running = True
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,9 +52,18 @@ _SCRATCH = _Scratch()
 
 def make_streams(seed: int | Sequence[int]) -> WordArray:
     """Hash a seed into random streams, a row of four words each (`env.kernel.draw`)."""
-    words, streams = np.random.SeedSequence(seed).generate_state(4, np.uint64), np.empty((_NUM_STREAMS, 4), np.uint64)
+    words, streams = hash_seed(seed).generate_state(4, np.uint64), np.empty((_NUM_STREAMS, 4), np.uint64)
     seed_streams(words, streams)
     return streams
+
+
+def hash_seed(seed: int | Sequence[int], spawn_key: tuple[int, ...] = ()) -> np.random.SeedSequence:
+    """Hash a seed as `SeedSequence` does; numbers of one word each are handed over as such, which saves a third."""
+    try:
+        words: Any = np.array((seed,) if isinstance(seed, int) else seed, dtype=np.uint32)
+    except OverflowError:
+        words = seed
+    return np.random.SeedSequence(words, spawn_key=spawn_key)
 
 
 def draw_world(
@@ -89,9 +99,8 @@ def draw_world(
     work = _SCRATCH
     until_s = kernel.draw(
         SCENARIOS.index(kind), streams, place_of(site), plans, tiles, work.views, table, levels, rates_bps, recorded, grid,
-        scale, shift, is_warm, requests, work.loads, work.sizes, work.busy,
+        scale, shift, is_warm, requests, work.loads, work.sizes, work.busy, work.background, work.counts,
     )  # fmt: skip
-    kernel.draw_backgrounds(streams, work.loads, work.sizes, until_s, work.background, work.counts)
     return World(
         rate_bps=grid[:NUM_PATHS],
         rtt_s=grid[layout.RTT : layout.RTT + NUM_PATHS],

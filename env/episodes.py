@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from env.draw import hash_seed
 from env.reward import EXCESS_WEIGHT, reward_terms
 from env.scenario import Scenario
 from env.site import Site
@@ -33,7 +34,7 @@ class Completed:
 
 def pick_episode(seed: Sequence[int], num_sites: int, num_scenarios: int) -> tuple[int, int]:
     """Draw an episode's site and scenario."""
-    site, scenario = np.random.SeedSequence(seed, spawn_key=(_PICK,)).generate_state(2).tolist()
+    site, scenario = hash_seed(seed, (_PICK,)).generate_state(2).tolist()
     return site % num_sites, scenario % num_scenarios
 
 
@@ -83,8 +84,7 @@ class Episodes:
             self._site_of[lane], self._scenario_of[lane] = site, scenario
             world = self.scenarios[scenario].world(self.sites[site], seed, self.num_requests + 1)
             self._twin.load(lane, self.sites[site], world)
-        self._reference_s[lanes] = self._twin.plan(lanes)
-        self._twin.begin(lanes)
+        self._reference_s[lanes] = self._twin.start(lanes)
         self._number[lanes] = 0
 
     def step(self, lanes: IntArray, actions: IntArray) -> tuple[FloatArray, BoolArray, Completed]:

@@ -74,7 +74,9 @@ class Twin:
         )
         self._worlds.courses["grid"] = 1.0
         self._plans = make_records(layout.PLANS, num_lanes)
-        self._lanes = make_records(layout.LANE, num_all + 1)
+        self._plan_bytes = _bytes_of(self._plans)
+        self._lanes = make_records(layout.LANE, num_all + 2)
+        self._lanes[-1] = run.blank_lane()[0]
         self._states, self._views = make_records(layout.STATE, num_all), make_records(layout.VIEW, 1)
         self.seen = layout.Seen(
             candidates=np.zeros((num_all, NUM_CANDIDATES * len(CANDIDATE_COLUMNS)), dtype=np.float32),
@@ -83,8 +85,6 @@ class Twin:
         )
         rows = self.seen.candidates.reshape(num_all, NUM_CANDIDATES, -1)
         self._shown = self.seen._replace(candidates=rows)  # the same, as compiled functions take it
-        self._blank_lane = run.blank_lane()
-        self._is_warm = np.zeros((num_lanes, 3 * ROWS), dtype=np.uint8)
         self._ended = np.zeros((2, num_all * num_requests), dtype=np.int64)
         self._sites: list[Site | None] = [None] * num_lanes
         self._segments: list[Segments] = [{} for _ in range(num_lanes)]
@@ -111,18 +111,19 @@ class Twin:
         plans["num_tiled"][lane] = np.count_nonzero(plans["num_peers"][lane])
         self._num_tiles[lane] = len(plans_of(site).tiles)
         self._load_world(lane, world)
-        self._is_warm[lane] = 0
-        self._is_warm[lane, plans["segment"][lane, :NUM_CANDIDATES][: len(world.is_warm)][world.is_warm]] = 1
+        is_warm = self._worlds.courses["is_warm"][lane]
+        is_warm[:] = 0
+        is_warm[plans["segment"][lane, :NUM_CANDIDATES][: len(world.is_warm)][world.is_warm]] = 1
 
     def _load_site(self, lane: int, site: Site) -> None:
         plans, tiles, segments = plans_of(site)
-        _bytes_of(self._plans)[lane] = _bytes_of(plans)[0]
+        self._plan_bytes[lane] = _bytes_of(plans)[0]
         self._put_tiles(lane, 0, tiles)
         self._sites[lane], self._segments[lane] = site, segments.copy()
 
     def _load_world(self, lane: int, world: World) -> None:
-        plans, course = self._plans, self._worlds.courses[lane]
-        grid, background = course.grid, course.background
+        plans, courses = self._plans, self._worlds.courses
+        grid, background = courses["grid"][lane], courses["background"][lane]  # a record's attributes take far longer
         num_nodes, (clients, requests) = len(world.background), world.arrivals_s.shape
         grid[: layout.PATHS] = world.rate_bps
         grid[layout.RTT : layout.RTT + layout.PATHS] = world.rtt_s
@@ -197,7 +198,6 @@ class Twin:
 
     def begin(self, lanes: IntArray) -> None:
         """Start lanes over: each stands at its first request."""
-        self._blank(lanes)
         self._run(lanes, lanes[:, None], run.BEGIN)
 
     def step(self, lanes: IntArray, rows: IntArray) -> tuple[BoolArray, IntArray]:
@@ -209,11 +209,10 @@ class Twin:
         """
         return self._run(lanes, rows[:, None], run.STEP)
 
-    def plan(self, lanes: IntArray) -> FloatArray:
-        """Run the planner through whole episodes: latency of every request, shape (lanes, R). `begin` starts over."""
-        self._blank(lanes)
-        self._run(lanes, lanes[:, None], run.PLAN)
-        latency_s: FloatArray = self._worlds.fates[lanes, :, layout.LATENCY]
+    def start(self, lanes: IntArray) -> FloatArray:
+        """Run the planner through whole episodes, then start over: latency of every request by it, shape (lanes, R)."""
+        latency_s = np.empty((len(lanes), self.num_requests))
+        self._run(lanes, lanes[:, None], run.START, latency_s)
         return latency_s
 
     def look(self, lanes: IntArray, rows: IntArray) -> FloatArray:
@@ -253,11 +252,6 @@ class Twin:
         """Go on until all earlier requests have ended; the one at hand and later ones never come."""
         self._run(lanes, np.empty((len(lanes), 0), dtype=np.int64), run.FINISH)
 
-    def _blank(self, lanes: IntArray) -> None:
-        _bytes_of(self._lanes)[lanes] = _bytes_of(self._blank_lane)[0]
-        self._lanes["is_warm"][lanes] = self._is_warm[lanes]
-        self._worlds.fates[lanes] = (np.nan, 0.0)  # latency and outcome
-
     def _read(self, lanes: IntArray) -> None:
         """Write what is known into the states: steps need no more of it than they show."""
         self._run(lanes, lanes[:, None], run.READ)
@@ -286,7 +280,7 @@ class Twin:
 
     def requests(self, lanes: IntArray, numbers: IntArray) -> tuple[FloatArray, FloatArray, IntArray]:
         """Latency (NaN while under way, inf without an answer), deadline and outcome code of some requests."""
-        fates = self._worlds.fates[lanes, numbers]
+        fates = self._worlds.fates.reshape(-1, layout.FATE_COLUMNS).take(lanes * self.num_requests + numbers, axis=0)
         return fates[:, layout.LATENCY], self.deadline_s(lanes, numbers), fates[:, layout.OUTCOME].astype(np.int64)
 
     def deadline_s(self, lanes: IntArray, numbers: IntArray) -> FloatArray:

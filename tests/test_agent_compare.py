@@ -89,7 +89,7 @@ def test_batched_lanes_end_as_episodes_played_one_by_one(grounds, checkpoint):
 def test_the_planner_is_the_reference_that_rewards_have(grounds):
     for ground in grounds:
         for lane, episode in enumerate(ground.play(find_contestant("planner"))):
-            reference_s = ground._twin.plan(np.array([lane]))[0, :12]
+            reference_s = ground._twin.start(np.array([lane]))[0, :12]
             np.testing.assert_array_equal(episode.latency_s, reference_s)
 
 

@@ -435,8 +435,7 @@ def test_compiled_planner_chooses_tiles_as_that_of_planning():
     for seed in range(3):
         world = SyntheticScenario("streaming").world(place, seed, 25)
         twin.load(0, place, world)
-        expected_s = twin.plan(LANE)[0, :24].copy()
-        twin.begin(LANE)
+        expected_s = twin.start(LANE)[0, :24].copy()
         for _ in range(24):
             row = planner.choose(twin.state_arrays(place, LANE)).astype(np.int64)
             tiled += bool(place.candidates.plans[row[0]].tiles)

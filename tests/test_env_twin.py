@@ -260,8 +260,7 @@ def test_reference_is_the_planner_of_planning():
     world = SyntheticScenario("both").world(place, 11, 25)
     twin = Twin(1, 25)
     twin.load(0, place, world)
-    expected = twin.plan(LANE)[0, :24].copy()
-    twin.begin(LANE)
+    expected = twin.start(LANE)[0, :24].copy()
     for _ in range(24):
         twin.step(LANE, planner.choose(twin.state_arrays(place, LANE)).astype(np.int64))
     latency_s, _, _ = twin.requests(np.zeros(24, dtype=np.int64), np.arange(24))

@@ -75,8 +75,10 @@ def draw(
     loads: Array,
     sizes: Array,
     busy: Array,
+    background: Array,
+    counts: Array,
 ) -> float:
-    """Draw all of a world but background requests into arrays.
+    """Draw a world into arrays.
 
     Args:
         kind: of the scenario.
@@ -97,9 +99,11 @@ def draw(
         loads: takes the share of each node's time that background requests take, (NODES, STEPS).
         sizes: takes their mean size in idle seconds, 0 for none.
         busy: takes the share of the time that they take in all.
+        background: takes background requests of all nodes: arrivals, then idle seconds, (2 NODES, M).
+        counts: takes how many of them there are at each node.
 
     Returns:
-        Until when background requests are wanted.
+        Until when background requests were drawn.
     """
     place, r, stream = p[0], plans[0], streams[OF_EPISODE]
     for row in range(len(grid)):
@@ -123,17 +127,18 @@ def draw(
     for client in range(len(shift)):
         shift[client] = below(stream, STEPS) if client > 0 else 0
         _draw_requests(kind, streams[OF_PAIRS + 2 * client + 1], place, gap_s, requests[client])
-    return _limit_deadlines(requests, grid)
+    until_s = _limit_deadlines(requests, grid)
+    _draw_backgrounds(streams, loads, sizes, until_s, background, counts)
+    return until_s
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-@entry
-def draw_backgrounds(
+@compiled
+def _draw_backgrounds(
     streams: Array, loads: Array, sizes: Array, until_s: float, background: Array, counts: Array
 ) -> None:
-    """Draw background requests of all nodes: arrivals, then idle seconds, (2 NODES, M); and how many there are."""
     for node in range(NODES):
         counts[node] = 0
         if sizes[node] > 0.0:

@@ -206,7 +206,8 @@ LANE = np.dtype(
 
 COURSE = np.dtype(
     _fields(_F, "grid", GRID_ROWS, STEPS)
-    + _fields(_F, "background", 2 * NODES, BACKGROUND + 1),  # arrivals, then service times
+    + _fields(_F, "background", 2 * NODES, BACKGROUND + 1)  # arrivals, then service times
+    + _fields(_B, "is_warm", 3 * ROWS),  # segments that are built when an episode begins
     align=True,
 )
 """What happens in a lane whatever is decided, but for its requests: those of an episode differ in number."""

@@ -65,6 +65,16 @@ Array = Any
 
 
 @compiled
+def _blank(w: Worlds, lanes: Array, b: int, home: int) -> None:
+    """Make a lane as it is before anything has happened; the last one is such a lane."""
+    lanes[b] = lanes[len(lanes) - 1]
+    for segment in range(3 * ROWS):
+        lanes[b].is_warm[segment] = w.courses[home].is_warm[segment]
+    for number in range(w.fates.shape[1]):
+        w.fates[b, number, LATENCY], w.fates[b, number, OUTCOME] = math.nan, 0.0
+
+
+@compiled
 def _begin(w: World, requests: Requests, r: Plans, s: Lane) -> None:
     """Set a blank lane to time 0: every link has been probed once, every node heard of, as the world has it."""
     for client in range(r.num_clients):
@@ -345,9 +355,9 @@ def _follow(w: World, requests: Requests, r: Plans, s: Lane, v: View, rows: Arra
     _settle(s, fates)
 
 
-STEP, BEGIN, PLAN, LOOK, FINISH, FORK, READ = constants(7)
-"""What to do with a lane. `STEP`: submit the request at hand and go on to the next. `BEGIN`: go to the first. `PLAN`: run the
-whole episode, the planner deciding for every client. `LOOK`: submit the request in a copy of the lane, and see what becomes
+STEP, BEGIN, START, LOOK, FINISH, FORK, READ = constants(7)
+"""What to do with a lane. `STEP`: submit the request at hand and go on to the next. `BEGIN`: start over, and go to the first.
+`START`: run the whole episode, the planner deciding for every client, then as `BEGIN`. `LOOK`: submit the request in a copy of the lane, and see what becomes
 of it and of those that follow; the lane stays as it is. `FINISH`: submit nothing, and go on until all earlier requests have
 ended. `FORK`: copy the lane. `READ`: write the state at the request at hand."""
 
@@ -373,7 +383,7 @@ def _fork(w: Worlds, r: Plans, lanes: Array, states: Array, b: int, to: int) -> 
 
 @compiled
 def _look(w: Worlds, r: Plans, lanes: Array, v: View, b: int, home: int, rows: Array, looked_s: Array) -> None:
-    last = len(lanes) - 1
+    last = len(lanes) - 2
     _copy(w, r, lanes, b, last)
     s, fates = lanes[last], w.fates[last]
     first = s.next_request[0]
@@ -404,10 +414,10 @@ def run_lanes(
     Args:
         w: worlds.
         plans: records of `PLANS`.
-        lanes: records of `LANE`, one more than there are; blank ones for `BEGIN` and `PLAN`.
+        lanes: records of `LANE`, two more than there are: one to look ahead in, and one that stays blank.
         states: records of `STATE`.
         views: one record of `VIEW`, to work in.
-        seen: takes the observations of the requests then at hand, for `STEP` and `BEGIN`.
+        seen: takes the observations of the requests then at hand, for `STEP`, `BEGIN` and `START`.
         homes: lane whose world and plans each lane has: its own number, unless it is a fork.
         chosen: numbers of the lanes.
         rows: plan of client 0's request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of those that follow,
@@ -415,7 +425,7 @@ def run_lanes(
         mode: one of those above.
         is_over: takes where the request now at hand is the last.
         ended: takes the place in `chosen` and the number of each of client 0's requests that ended.
-        looked_s: for `LOOK`, takes the latencies of the same requests.
+        looked_s: takes latencies, for `LOOK` of the same requests, for `START` of all under the planner.
 
     Returns:
         How many ended.
@@ -431,6 +441,8 @@ def run_lanes(
         if mode == FORK:
             _fork(w, r, lanes, states, b, rows[at, 0])
             continue
+        if mode == START or mode == BEGIN:
+            _blank(w, lanes, b, home)
         world, requests = World(w.courses[home], w.meters[b], w.tiles[home]), w.requests[home]
         if mode == READ:
             if not s.is_over:
@@ -439,13 +451,16 @@ def run_lanes(
         if mode == FINISH:
             _follow(world, requests, r, s, v, rows[at], w.fates[b])
             continue
+        if mode == START:
+            _begin(world, requests, r, s)
+            _plan(world, requests, r, s, v, w.fates[b])
+            for number in range(w.fates.shape[1]):
+                looked_s[at, number] = w.fates[b, number, LATENCY]
+            _blank(w, lanes, b, home)
         if mode == STEP:
             submit(world, requests, r, s, ZERO, rows[at, 0], s.predicted_total_s[rows[at, 0]])
         else:
             _begin(world, requests, r, s)
-        if mode == PLAN:
-            _plan(world, requests, r, s, v, w.fates[b])
-            continue
         is_over[at] = _advance(world, requests, r, s, v, x, seen.candidates[b], seen.context[b], seen.mask[b])
         for index in range(s.ended_count):
             ended[0, num_ended], ended[1, num_ended] = at, s.ended[index]
