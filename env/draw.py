@@ -58,7 +58,7 @@ def make_streams(seed: int | Sequence[int]) -> WordArray:
 
 
 def hash_seed(seed: int | Sequence[int], spawn_key: tuple[int, ...] = ()) -> np.random.SeedSequence:
-    """Hash a seed as `SeedSequence` does; numbers of one word each are handed over as such, which saves a third."""
+    """Hash a seed as `SeedSequence` does; numbers of one word each are handed over as such, which is faster."""
     try:
         words: Any = np.array((seed,) if isinstance(seed, int) else seed, dtype=np.uint32)
     except OverflowError:

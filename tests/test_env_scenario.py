@@ -4,10 +4,12 @@ from dataclasses import replace
 import numba
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from env.catalogue import make_sites
-from env.draw import SCENARIOS, make_streams
+from env.draw import SCENARIOS, hash_seed, make_streams
 from env.families import NUM_LENGTHS, Family, load_families
 from env.fit import fit_folder
 from env.kernel.random import exponential, normal, uniform
@@ -237,3 +239,12 @@ def test_refusals_say_what_there_is(tmp_path):
 
 def test_grid_is_as_fine_as_the_finest_recordings():
     assert GRID_S == 0.2
+
+
+@given(
+    seed=st.one_of(st.integers(0, 2**70), st.lists(st.integers(0, 2**70), min_size=1, max_size=4)),
+    spawn_key=st.lists(st.integers(0, 200), max_size=2).map(tuple),
+)
+def test_seeds_are_hashed_as_seed_sequence_does(seed, spawn_key):
+    expected = np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(8, np.uint64)
+    np.testing.assert_array_equal(hash_seed(seed, spawn_key).generate_state(8, np.uint64), expected)
