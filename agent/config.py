@@ -371,6 +371,10 @@ class CompareConfig:
     resamples: int = 1000
     """Bootstrap draws."""
 
+    self_play: bool = False
+    """In contention the other devices decide by the same policy as the one that is compared, instead of by the planner;
+    twin only, and slower: one decision at a time."""
+
     backend: Literal["twin", "live"] = "twin"
     """twin: simulated; live: real processes and sockets, links and machines emulated, in real time."""
 
@@ -396,6 +400,10 @@ class CompareConfig:
         for name in ("seed", "resamples"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"expected --{name} >= 0, got {getattr(self, name)}")
+        if self.self_play and self.backend == "live":
+            raise ConfigError(
+                "expected --self-play with --backend twin, got live, where the other devices have a planner"
+            )
 
     @property
     def folder(self) -> Path:

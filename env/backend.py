@@ -20,6 +20,7 @@ from env.world import World
 from runtime.errors import ConfigError
 from runtime.planning.arrays import StateArrays, decode_state
 from runtime.planning.features import FeatureEncoder, Features
+from runtime.planning.problem import Policy
 from runtime.planning.rows import PlanCosts, compile_plan
 from runtime.types import LatencyBreakdown, Plan, SystemState
 
@@ -121,6 +122,7 @@ class TwinBackend:
         self._book = self._books[0]
         self._reference_s = np.zeros(num_requests)
         self._sent: list[Sent] = []
+        self._others: tuple[Policy, ...] = ()
         self._is_running = False
 
     @property
@@ -150,15 +152,29 @@ class TwinBackend:
     paused_s = 0.0
     """Its clock waits for every decision."""
 
-    def start_world(self, site: int, world: World) -> None:
-        """Start an episode in a world at hand, of `num_requests` + 1 requests or fewer."""
+    def start_world(self, site: int, world: World, others: Sequence[Policy] = ()) -> None:
+        """Start an episode in a world at hand, of `num_requests` + 1 requests or fewer.
+
+        Args:
+            site: number of the site.
+            world: what happens.
+            others: who decides for each of the other devices; nobody: the planner, as compiled.
+
+        Raises:
+            ConfigError: for too many or too few requests, or policies for some of the other devices only.
+        """
+        if others and len(others) != len(world.shift) - 1:
+            raise ConfigError(f"expected a policy for each of {len(world.shift) - 1} other devices, got {len(others)}")
         if not 2 <= world.num_requests <= self._num_requests + 1:
             raise ConfigError(f"expected a world of 2 to {self._num_requests + 1} requests, got {world.num_requests}")
         self._book = self._books[site]
         self._twin.load(0, self._book.site, world)
         self._reference_s = self._twin.start(_LANE)[0, : world.num_requests - 1].copy()
-        self._sent = []
+        self._sent, self._others = [], tuple(others)
         self._is_running = True
+        if others:
+            self._twin.begin(_LANE, is_asking=True)
+            self._ask_others(is_over=False)
 
     def state(self) -> SystemState:
         """What the device knows as the request at hand comes."""
@@ -187,9 +203,24 @@ class TwinBackend:
             raise ConfigError("expected a running episode, got none: call start() first, and after an episode's end")
         row = self._twin.add_plan(0, plan)
         self._sent.append(self._book.send(plan, self._arrays()))
+        is_over, ended = self._go_on(row)
+        is_over, more = self._ask_others(is_over)
+        self._is_running = not is_over
+        return is_over, ended + more
+
+    def _ask_others(self, is_over: bool) -> tuple[bool, list[Ended]]:
+        """Let other devices decide on their requests until one of the agent's is at hand."""
+        ended: list[Ended] = []
+        while not is_over and (turn := self._twin.turn(0)) != 0:
+            plan = self._others[turn - 1].plan(self.state())
+            is_over, more = self._go_on(self._twin.add_plan(0, plan))
+            ended += more
+        return is_over, ended
+
+    def _go_on(self, row: int) -> tuple[bool, list[Ended]]:
+        """Start the request at hand under the plan of a row; gives which of the agent's requests ended before the next."""
         is_over, (_, numbers) = self._twin.step(_LANE, np.array([row]))
         latency_s, deadline_s, outcomes = self._twin.requests(np.zeros_like(numbers), numbers)
-        self._is_running = not is_over[0]
         ended = [
             self._book.end(number, self._sent[number], latency, deadline, self._reference_s[number], OUTCOMES[code])
             for number, latency, deadline, code in zip(

@@ -196,9 +196,13 @@ class Twin:
             return site.candidates.plans[row]
         return next(plan for plan, known in self._extra[lane].items() if known == row)
 
-    def begin(self, lanes: IntArray) -> None:
-        """Start lanes over: each stands at its first request."""
-        self._run(lanes, lanes[:, None], run.BEGIN)
+    def begin(self, lanes: IntArray, *, is_asking: bool = False) -> None:
+        """Start lanes over: each stands at its first request.
+
+        With `is_asking` a lane stands at the requests of all its clients, not only at those of client 0, and `step` starts
+        that of the client whose turn it is (`turn`). Else the planner decides for the others.
+        """
+        self._run(lanes, np.full((len(lanes), 1), int(is_asking)), run.BEGIN)
 
     def step(self, lanes: IntArray, rows: IntArray) -> tuple[BoolArray, IntArray]:
         """Start the request at hand in some lanes, each under the plan of its row, and go on to the next.
@@ -291,6 +295,10 @@ class Twin:
     def now_s(self, lane: int) -> float:
         """Instant at which a lane stands."""
         return float(self._lanes["now_s"][lane])
+
+    def turn(self, lane: int) -> int:
+        """Client whose request is at hand."""
+        return int(self._lanes["turn"][lane])
 
     def known(self, name: str, lanes: IntArray) -> Any:
         """One field of what the devices know at the requests at hand (`env.kernel.layout.STATE`)."""

@@ -1,5 +1,6 @@
 import csv
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 
 from agent.checkpoint import SeenRange, load_checkpoint, save_checkpoint, weight_shapes
 from agent.compare.contestants import CLAIRVOYANT, ROLLOUT, Contestant, find_contestant
-from agent.compare.play import Ground
+from agent.compare.play import Ground, Place, play_episode
 from agent.compare.run import run_compare
 from agent.compare.statistics import draw_counts, geometric_means, interval, means, quantiles
 from agent.compare.tables import ALL, BEST, KNOWN, UNKNOWN, make_rows
 from agent.config import CompareConfig
 from agent.policies import load_policy
+from env.backend import TwinBackend
 from env.catalogue import make_sites
 from env.lookahead import Clairvoyant, Rollout
 from env.reward import EXCESS_WEIGHT
@@ -246,3 +248,55 @@ def test_the_command_writes_everything(tmp_path, checkpoint):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     runs = {path.parent.name for path in tmp_path.glob("tensorboard/*/events*")}
     assert {"loadpart", "planner", "figures"} <= runs
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A site in contention: its ground, and the worlds of it."""
+    site = make_sites(("random:2",))[0]
+    scenario, seeds = SyntheticScenario("contention"), [(1_000_000 + e, 0) for e in range(3)]
+    return Ground(site, 0, scenario, "contention", seeds, 12), [scenario.world(site, seed, 13) for seed in seeds]
+
+
+def test_planners_that_play_themselves_are_the_planners_that_are_compiled(shared):
+    ground, worlds = shared
+    assert all(len(world.shift) > 1 for world in worlds)
+    contestant = find_contestant("planner")
+    for alone, together in zip(ground.play(contestant), ground.play(contestant, self_play=True), strict=True):
+        np.testing.assert_allclose(together.latency_s, alone.latency_s, rtol=1e-9)
+
+
+def test_devices_that_all_compute_by_themselves_do_not_meet_at_the_edge(shared):
+    ground, worlds = shared
+    problem, backend = ground.site.problem, TwinBackend((ground.site,), num_requests=12)
+    edge_only, device_only = (find_contestant(name).build(problem) for name in ("edge-only", "device-only"))
+    met = 0
+    for world in worlds:
+        by_itself = replace(
+            world,
+            shift=world.shift[:1],
+            **{name: getattr(world, name)[:1] for name in ("arrivals_s", "input_bytes", "deadline_s", "noise")},
+        )
+        others = len(world.shift) - 1
+        place = Place("edge-only", "contention", ground.site.name, 0, (0, 0))
+        found = []
+        for played, company in ((by_itself, []), (world, [device_only] * others), (world, [edge_only] * others)):
+            backend.start_world(0, played, company)
+            found.append(play_episode(backend, edge_only, place).latency_s)
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-9)
+        met += int((found[2] > found[0] + 1e-6).sum())
+    assert met > 0  # where all ask the edge, some wait for others
+
+
+def test_policies_for_some_of_the_other_devices_only_are_refused(shared):
+    ground, worlds = shared
+    backend = TwinBackend((ground.site,), num_requests=12)
+    policies = [find_contestant("device-only").build(ground.site.problem)] * len(worlds[0].shift)
+    with pytest.raises(ConfigError, match="for each of"):
+        backend.start_world(0, worlds[0], policies)
+
+
+@pytest.mark.parametrize("settings", [{"backend": "live"}, {"policies": (CLAIRVOYANT,)}])
+def test_self_play_where_there_is_none_is_refused(tmp_path, settings):
+    with pytest.raises(ConfigError, match="self-play"):
+        run_compare(CompareConfig(**{"policies": ("planner",)} | settings, self_play=True, quick=True, out=tmp_path))

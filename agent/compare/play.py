@@ -13,6 +13,7 @@ from agent.compare.contestants import CLAIRVOYANT, ROLLOUT, Contestant
 from agent.compare.statistics import FloatArray
 from agent.frozen import FrozenPolicy
 from env.backend import Backend, Ended, TwinBackend, backbone_hops, sent_bytes
+from env.kernel.layout import CLIENTS
 from env.lookahead import Clairvoyant, Rollout
 from env.scenario import Scenario
 from env.site import Site
@@ -78,8 +79,13 @@ class Ground:
         self._single = TwinBackend((site,), num_requests=count)
         self._greedy: IntArray | None = None
 
-    def play(self, contestant: Contestant, *, is_batched: bool = True) -> list[Episode]:
+    def play(self, contestant: Contestant, *, is_batched: bool = True, self_play: bool = False) -> list[Episode]:
         """Play every world with one policy; the result is the same batched or not.
+
+        Args:
+            contestant: who plays.
+            is_batched: decide for all worlds at once where the policy can.
+            self_play: let other devices that share the edge decide by the policy too, each for itself.
 
         Raises:
             PlanError: when no plan of the rule is legal at the site.
@@ -87,10 +93,12 @@ class Ground:
         if contestant.spec is None:
             return self._play_bound(contestant.name)
         policy = contestant.build(self.site.problem)
-        choose = self._chooser(policy) if is_batched else None
+        is_shared = self_play and any(len(world.shift) > 1 for world in self._worlds)
+        choose = self._chooser(policy) if is_batched and not is_shared else None
         if choose is not None:
             return self._play_lanes(contestant.name, choose, self._time(policy))
-        return [self._play_one(contestant.name, policy, lane) for lane in range(len(self.seeds))]
+        others = [contestant.build(self.site.problem) for _ in range(CLIENTS - 1)] if is_shared else []
+        return [self._play_one(contestant.name, policy, lane, others) for lane in range(len(self.seeds))]
 
     # --- batched -------------------------------------------------------------------------------------------------------
 
@@ -181,8 +189,12 @@ class Ground:
 
     # --- one by one ----------------------------------------------------------------------------------------------------
 
-    def _play_one(self, name: str, policy: Policy, lane: int) -> Episode:
-        self._single.start_world(0, self._worlds[lane])
+    def _play_one(self, name: str, policy: Policy, lane: int, others: Sequence[Policy]) -> Episode:
+        world = self._worlds[lane]
+        others = others[: len(world.shift) - 1]
+        for other in others:
+            other.reset()
+        self._single.start_world(0, world, others)
         return play_episode(
             self._single, policy, Place(name, self.label, self.site.name, self.number, self.seeds[lane])
         )

@@ -79,9 +79,13 @@ def make_plan(config: CompareConfig) -> Plan:
     """
     policies = list(dict.fromkeys((*(config.policies or (QUICK if config.quick else RULES)), *config.baselines)))
     is_live = config.backend == "live"
-    policies += [name for name in BOUNDS if config.bounds and not is_live and name not in policies]
-    if is_live and set(policies) & set(BOUNDS):
-        raise ConfigError(f"expected policies with --backend live, got {' or '.join(BOUNDS)}, which ask the twin")
+    is_alone = not is_live and not config.self_play
+    policies += [name for name in BOUNDS if config.bounds and is_alone and name not in policies]
+    if not is_alone and set(policies) & set(BOUNDS):
+        given = "--backend live" if is_live else "--self-play"
+        raise ConfigError(
+            f"expected policies with {given}, got {' or '.join(BOUNDS)}, which decide for one device only"
+        )
     for name in policies:
         find_contestant(name)
     models = config.models or (QUICK_MODELS if config.quick else shipped_specs())
@@ -99,6 +103,7 @@ def make_plan(config: CompareConfig) -> Plan:
         seed=config.seed,
         traces=config.traces,
         split=config.split,
+        self_play=config.self_play,
     )
     plan.scenario(plan.scenarios[0])  # an empty folder shows now
     return plan
@@ -146,6 +151,7 @@ def _header(config: CompareConfig, plan: Plan) -> str:
         f"{plan.num_requests} requests of each world; {worlds}; seeds from {plan.seed} on. Latencies are over the site's "
         "best latency on idle nodes at nominal rates; a request that was never answered counts as its deadline. "
         f"Intervals: {config.resamples} bootstrap draws of worlds, the same for every policy; * where 1 is outside. "
+        f"{'In contention all devices decide by the same policy. ' if config.self_play else ''}"
         "*clairvoyant* and *rollout* know the future and are no policies. Decision times are this machine's, which may "
         f"have been busy: {machine}."
     )

@@ -28,6 +28,7 @@ class Plan:
     seed: int
     traces: Path | None
     split: str
+    self_play: bool
 
     @property
     def num_sites(self) -> int:
@@ -76,7 +77,8 @@ def _contestant(name: str) -> Contestant:
 def play_task(plan: Plan, task: tuple[str, int]) -> list[Episode]:
     """Play one task with every policy."""
     ground = plan.ground(*task)
-    return [episode for name in plan.policies for episode in ground.play(_contestant(name))]
+    contestants = [_contestant(name) for name in plan.policies]
+    return [episode for one in contestants for episode in ground.play(one, self_play=plan.self_play)]
 
 
 def play_all(plan: Plan, workers: int) -> Iterator[tuple[tuple[str, int], list[Episode]]]:

@@ -192,7 +192,8 @@ LANE = np.dtype(
     + _fields(_F, "heard_s known_k known_q_s known_length known_busy_frac cool_down_s retry_s", CLIENTS, NODES)
     + _fields(_I, "breaker failures", CLIENTS, NODES)
     + _fields(_B, "is_up", CLIENTS, NODES)
-    + _fields(_B, "is_over")
+    + _fields(_B, "is_over is_asking")  # the second: others than client 0 are not decided for by the planner
+    + _fields(_I, "turn")  # client whose request is at hand
     + _fields(_B, "is_warm", 3 * ROWS)
     + _fields(_F, "predicted_total_s", ROWS)  # by the planner, of client 0's request at hand
     # Requests in tiles: the next of the plan's, those that are out, what is left to the head. Tiles that are out have a

@@ -242,6 +242,8 @@ def _advance(
 ) -> bool:
     """Go on to the next arrival of client 0, and show it; at its last one, until all its earlier requests have ended.
 
+    In a lane that asks for everyone, an arrival of another client is a stop too: it can be read, but is not shown.
+
     The last arrival is never started: it is there to be seen, so that an episode ends with a state to value.
 
     Args:
@@ -263,23 +265,36 @@ def _advance(
         if kind != ARRIVAL:
             _handle(w, r, s, kind, what)
         elif what == 0:
+            s.turn = ZERO
             show(w, requests, r, s, v, candidates, context, mask)
             s.is_over = s.next_request[0] + 1 == r.num_requests
             if not s.is_over:
                 return False
             _read(w, requests, r, s, x)
-        else:
+        elif not s.is_asking:
             _submit_planned(w, requests, r, s, v, what)
+        elif s.next_request[what] < r.num_requests:
+            _ask(w, requests, r, s, v, what)
+            return False
         if s.is_over and not _has_requests(s):
             return True
 
 
 @compiled
 def _read(w: World, requests: Requests, r: Plans, s: Lane, x: State) -> None:
-    """Write what client 0's device has measured at the request at hand."""
-    read_state(w, requests, r, s, x, ZERO)
+    """Write what the device has measured whose request is at hand."""
+    read_state(w, requests, r, s, x, s.turn)
     for row in range(ROWS):
         x.total_s[row] = s.predicted_total_s[row]
+
+
+@compiled
+def _ask(w: World, requests: Requests, r: Plans, s: Lane, v: View, client: int) -> None:
+    """Stand at a request of another client: work out what the planner predicts of every plan."""
+    s.turn = client
+    glance(w, requests, r, s, v, client)
+    for row in range(ROWS):
+        s.predicted_total_s[row] = math.inf if r.padding[row] == 1 else total(predict(r, v, row))
 
 
 @compiled
@@ -420,8 +435,9 @@ def run_lanes(
         seen: takes the observations of the requests then at hand, for `STEP`, `BEGIN` and `START`.
         homes: lane whose world and plans each lane has: its own number, unless it is a fork.
         chosen: numbers of the lanes.
-        rows: plan of client 0's request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of those that follow,
-            shape (chosen, how many). For `FORK`: number of the fork.
+        rows: plan of the request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of those of client 0 that
+            follow, shape (chosen, how many). For `FORK`: number of the fork. For `BEGIN`: 1 to be asked at the requests
+            of every client, not only of client 0.
         mode: one of those above.
         is_over: takes where the request now at hand is the last.
         ended: takes the place in `chosen` and the number of each of client 0's requests that ended.
@@ -445,7 +461,7 @@ def run_lanes(
             _blank(w, lanes, b, home)
         world, requests = World(w.courses[home], w.meters[b], w.tiles[home]), w.requests[home]
         if mode == READ:
-            if not s.is_over:
+            if not s.is_over or s.turn != 0:
                 _read(world, requests, r, s, x)
             continue
         if mode == FINISH:
@@ -458,8 +474,9 @@ def run_lanes(
                 looked_s[at, number] = w.fates[b, number, LATENCY]
             _blank(w, lanes, b, home)
         if mode == STEP:
-            submit(world, requests, r, s, ZERO, rows[at, 0], s.predicted_total_s[rows[at, 0]])
+            submit(world, requests, r, s, s.turn, rows[at, 0], s.predicted_total_s[rows[at, 0]])
         else:
+            s.is_asking = mode == BEGIN and rows[at, 0] != 0
             _begin(world, requests, r, s)
         is_over[at] = _advance(world, requests, r, s, v, x, seen.candidates[b], seen.context[b], seen.mask[b])
         for index in range(s.ended_count):
