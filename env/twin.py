@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from env.kernel import layout, run
+from env.kernel.lanes import blank_lane
 from env.kernel.layout import CLIENTS, NODES, ROWS, make_records
 from env.records import Segments, number_segments, plans_of, put_rows, put_tiles
 from env.site import Site
@@ -76,7 +77,7 @@ class Twin:
         self._plans = make_records(layout.PLANS, num_lanes)
         self._plan_bytes = _bytes_of(self._plans)
         self._lanes = make_records(layout.LANE, num_all + 2)
-        self._lanes[-1] = run.blank_lane()[0]
+        self._lanes[-1] = blank_lane()[0]
         self._states, self._views = make_records(layout.STATE, num_all), make_records(layout.VIEW, 1)
         self.seen = layout.Seen(
             candidates=np.zeros((num_all, NUM_CANDIDATES * len(CANDIDATE_COLUMNS)), dtype=np.float32),

@@ -109,13 +109,7 @@ def draw(
     for row in range(len(grid)):
         _fill(grid[row], 1.0 if CONTENTION <= row < DOWN else 0.0)
     _draw_links(kind, stream, streams, place, r, families, recorded_bps, grid, scale)
-    for node in range(NODES):
-        sizes[node] = busy[node] = 0.0
-        if 0 < node < r.num_nodes and kind != STATIC and kind != BANDWIDTH:
-            own = streams[OF_PAIRS + 2 * node]
-            _draw_load(own, levels, recorded_load, node, loads[node])
-            add_co_tenant(own, place, grid[CONTENTION + node])
-            sizes[node], busy[node] = limit_load(own, place, place.model_s[node], grid[CONTENTION + node], loads[node])
+    _draw_loads(kind, streams, place, r, levels, recorded_load, grid, loads, sizes, busy)
     if kind == OUTAGE:
         _add_outages(stream, place, grid)
     if kind == HANDOVER:
@@ -278,6 +272,29 @@ def _add_handovers(stream: Stream, p: Place, grid: Array) -> None:
                     grid[path, step] = FLOOR_BPS
         at_s, place = stop_s, (place + 1) % places
     _lift(grid)
+
+
+@compiled
+def _draw_loads(
+    kind: int,
+    streams: Array,
+    p: Place,
+    r: Plans,
+    levels: Array,
+    recorded_load: Array,
+    grid: Array,
+    loads: Array,
+    sizes: Array,
+    busy: Array,
+) -> None:
+    """Co-tenants and background load of all nodes but the device; none where the kind has none."""
+    for node in range(NODES):
+        sizes[node] = busy[node] = 0.0
+        if 0 < node < r.num_nodes and kind != STATIC and kind != BANDWIDTH:
+            own = streams[OF_PAIRS + 2 * node]
+            _draw_load(own, levels, recorded_load, node, loads[node])
+            add_co_tenant(own, p, grid[CONTENTION + node])
+            sizes[node], busy[node] = limit_load(own, p, p.model_s[node], grid[CONTENTION + node], loads[node])
 
 
 @compiled

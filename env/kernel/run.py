@@ -15,15 +15,12 @@ from env.kernel.decide import glance, predict, read_state, total, weigh
 from env.kernel.device import LOCAL_NONE
 from env.kernel.events import ARRIVAL, DELAY, DEVICE, GUARD, LINK, NODE, push, take_next
 from env.kernel.hear import FIRST_PROBE_BYTES, hear_reply, tick
+from env.kernel.lanes import blank, copy, fork
 from env.kernel.layout import (
     ARRIVES,
     DOWN,
-    FATE_COLUMNS,
-    LANE,
     LATENCY,
     LINKS,
-    METER,
-    METER_COLUMNS,
     OUTCOME,
     ROWS,
     Lane,
@@ -34,10 +31,8 @@ from env.kernel.layout import (
     View,
     World,
     Worlds,
-    make_records,
 )
 from env.kernel.life import (
-    COOL_DOWN_S,
     FAILED,
     LOCAL,
     REMOTE,
@@ -62,16 +57,6 @@ from env.kernel.show import show
 Array = Any
 
 # --- begin --------------------------------------------------------------------------------------------------------------
-
-
-@compiled
-def _blank(w: Worlds, lanes: Array, b: int, home: int) -> None:
-    """Make a lane as it is before anything has happened; the last one is such a lane."""
-    lanes[b] = lanes[len(lanes) - 1]
-    for segment in range(3 * ROWS):
-        lanes[b].is_warm[segment] = w.courses[home].is_warm[segment]
-    for number in range(w.fates.shape[1]):
-        w.fates[b, number, LATENCY], w.fates[b, number, OUTCOME] = math.nan, 0.0
 
 
 @compiled
@@ -307,8 +292,9 @@ def _submit_planned(w: World, requests: Requests, r: Plans, s: Lane, v: View, cl
 
 
 @compiled
-def _plan(w: World, requests: Requests, r: Plans, s: Lane, v: View, fates: Array) -> None:
+def _plan(w: World, requests: Requests, r: Plans, s: Lane, v: View, fates: Array, latency_s: Array) -> None:
     """Run a whole episode, the planner deciding for every client; client 0's last request does not start."""
+    _begin(w, requests, r, s)
     is_over = False
     while not is_over or _has_requests(s):
         kind, what = take_next(s)
@@ -321,6 +307,8 @@ def _plan(w: World, requests: Requests, r: Plans, s: Lane, v: View, fates: Array
                 _settle(s, fates)
             _submit_planned(w, requests, r, s, v, what)
     _settle(s, fates)
+    for number in range(len(fates)):
+        latency_s[number] = fates[number, LATENCY]
 
 
 @compiled
@@ -378,28 +366,9 @@ ended. `FORK`: copy the lane. `READ`: write the state at the request at hand."""
 
 
 @compiled
-def _copy(w: Worlds, r: Plans, lanes: Array, b: int, to: int) -> None:
-    """Copy a lane as it stands, but not what became of its requests."""
-    lanes[to] = lanes[b]
-    for server in range(r.num_clients * LINKS):
-        for at in range(min(lanes[b].meter_count[server], METER)):
-            for column in range(METER_COLUMNS):
-                w.meters[to].sample[server, at, column] = w.meters[b].sample[server, at, column]
-
-
-@compiled
-def _fork(w: Worlds, r: Plans, lanes: Array, states: Array, b: int, to: int) -> None:
-    _copy(w, r, lanes, b, to)
-    states[to] = states[b]
-    for number in range(r.num_requests):
-        for column in range(FATE_COLUMNS):
-            w.fates[to, number, column] = w.fates[b, number, column]
-
-
-@compiled
 def _look(w: Worlds, r: Plans, lanes: Array, v: View, b: int, home: int, rows: Array, looked_s: Array) -> None:
     last = len(lanes) - 2
-    _copy(w, r, lanes, b, last)
+    copy(w, r, lanes, b, last)
     s, fates = lanes[last], w.fates[last]
     first = s.next_request[0]
     _follow(World(w.courses[home], w.meters[last], w.tiles[home]), w.requests[home], r, s, v, rows, fates)
@@ -435,9 +404,8 @@ def run_lanes(
         seen: takes the observations of the requests then at hand, for `STEP`, `BEGIN` and `START`.
         homes: lane whose world and plans each lane has: its own number, unless it is a fork.
         chosen: numbers of the lanes.
-        rows: plan of the request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of those of client 0 that
-            follow, shape (chosen, how many). For `FORK`: number of the fork. For `BEGIN`: 1 to be asked at the requests
-            of every client, not only of client 0.
+        rows: plan of the request at hand for `STEP`, shape (chosen, 1); for `LOOK` also of client 0's that follow, shape
+            (chosen, how many). For `FORK`: number of the fork. For `BEGIN`: 1 to be asked by every client, not only 0.
         mode: one of those above.
         is_over: takes where the request now at hand is the last.
         ended: takes the place in `chosen` and the number of each of client 0's requests that ended.
@@ -455,10 +423,8 @@ def run_lanes(
             _look(w, r, lanes, v, b, home, rows[at], looked_s[at])
             continue
         if mode == FORK:
-            _fork(w, r, lanes, states, b, rows[at, 0])
+            fork(w, r, lanes, states, b, rows[at, 0])
             continue
-        if mode == START or mode == BEGIN:
-            _blank(w, lanes, b, home)
         world, requests = World(w.courses[home], w.meters[b], w.tiles[home]), w.requests[home]
         if mode == READ:
             if not s.is_over or s.turn != 0:
@@ -468,14 +434,12 @@ def run_lanes(
             _follow(world, requests, r, s, v, rows[at], w.fates[b])
             continue
         if mode == START:
-            _begin(world, requests, r, s)
-            _plan(world, requests, r, s, v, w.fates[b])
-            for number in range(w.fates.shape[1]):
-                looked_s[at, number] = w.fates[b, number, LATENCY]
-            _blank(w, lanes, b, home)
+            blank(w, lanes, b, home)
+            _plan(world, requests, r, s, v, w.fates[b], looked_s[at])
         if mode == STEP:
             submit(world, requests, r, s, s.turn, rows[at, 0], s.predicted_total_s[rows[at, 0]])
         else:
+            blank(w, lanes, b, home)
             s.is_asking = mode == BEGIN and rows[at, 0] != 0
             _begin(world, requests, r, s)
         is_over[at] = _advance(world, requests, r, s, v, x, seen.candidates[b], seen.context[b], seen.mask[b])
@@ -484,14 +448,3 @@ def run_lanes(
             num_ended += 1
         _settle(s, w.fates[b])
     return num_ended
-
-
-def blank_lane() -> Lane:
-    """A lane before anything has happened, in an array."""
-    lane = make_records(LANE, 1)
-    for name in ("device_slot", "link_slot", "node_slot", "in_force", "parent"):
-        lane[name] = -1
-    for name in ("known_k", "known_q_s", "known_busy_frac"):
-        lane[name] = math.nan
-    lane["heard_s"], lane["retry_s"], lane["cool_down_s"] = -math.inf, math.inf, COOL_DOWN_S
-    return lane
