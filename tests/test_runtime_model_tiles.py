@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from runtime.errors import PlanError, TensorMismatch
+from runtime.model import tiles as tiles_module
 from runtime.model.graph import LayerGraph, trace
 from runtime.model.inputs import admit
 from runtime.model.segment import Segment
-from runtime.model.tiles import CACHED_TILES, TileCache, TileSegment, assemble, run_tiled, slice_inputs
+from runtime.model.tiles import CACHED_PLANS, TileCache, TileSegment, assemble, run_tiled, slice_inputs
 from runtime.model.zoo import Model, load_model
 from runtime.planning.tiling import Region, Tiling, find_spans, plan_tiles
 from runtime.types import TileSpan
@@ -322,19 +323,39 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         run_tiled(graph, tiling.span, {})
 
 
-def test_tiles_are_built_once_and_the_oldest_forgotten() -> None:
+def test_tiles_are_built_once_and_the_oldest_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles_module, "CACHED_TILES", 8)
     graph, _ = mixed()
     tiles = TileCache(graph)
     span = TileSpan(0, 2, (4,), ())
     first = tiles.get(span, 0)
     assert tiles.get(span, 0) is first
     assert tiles.tiling(span) is tiles.tiling(span)
-    for line in range(1, 2 + CACHED_TILES // 2):
+    for line in range(1, 6):
         tiles.get(TileSpan(0, 1, (line,), ()), 0)
         tiles.get(TileSpan(0, 1, (line,), ()), 1)
     assert tiles.get(span, 0) is not first
     with pytest.raises(PlanError, match="not a tileable span"):
         tiles.get(TileSpan(0, graph.num_layers, (4,), ()), 0)
+
+
+def test_tiles_of_a_few_plans_are_kept_however_many_spans_each_has() -> None:
+    model = load_model("tests.models:chain")
+    graph, _ = make_graph(model.module, model.example)
+    stretch = find_spans(graph.spec)[0]
+    layers = range(stretch.start, stretch.stop)
+    cut = [layer for layer in layers if sum(op.weight_bytes for op in graph.spec.layers[layer].spatial) > 0]
+    tiles = TileCache(graph)
+
+    def use(line: int) -> list[TileSegment]:
+        return [tiles.get(TileSpan(layer, layer + 1, (line,), ()), 0) for layer in cut if layer + 1 in stretch.stops]
+
+    plans = [use(line) for line in range(1, 1 + CACHED_PLANS)]
+    assert len(plans[0]) > 1
+    assert all(use(1 + at) == plan for at, plan in enumerate(plans))  # every one still there
+    for line in range(1 + CACHED_PLANS, 2 + 2 * CACHED_PLANS):
+        use(line)
+    assert not set(use(1)) & set(plans[0])
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "branching", "views", "reordered"])

@@ -31,8 +31,12 @@ from runtime.model.windows import CONVOLUTIONS, POOLS, arguments, pair
 from runtime.planning.tiling import OpTile, Region, Tile, Tiling, plan_tiles
 from runtime.types import GraphSpec, SpatialOp, TensorSpec, TileSpan, Window
 
-CACHED_TILES = 32
-"""Tiles kept per graph: a few per plan that a policy goes back and forth between."""
+CACHED_TILES = 256
+"""Most tiles kept per graph."""
+
+CACHED_PLANS = 4
+"""Tiles are kept as long as their weights, which each has laid out for itself, are no more than this many times those of
+the graph: a plan has each at most once on a node, and policies go back and forth between a few plans. Guess."""
 
 
 def slice_inputs(values: Mapping[str, torch.Tensor], regions: Mapping[str, Region]) -> dict[str, torch.Tensor]:
@@ -146,6 +150,8 @@ class TileCache:
         self._lock = threading.Lock()
         self._tilings: OrderedDict[TileSpan, Tiling] = OrderedDict()
         self._tiles: OrderedDict[tuple[TileSpan, int], TileSegment] = OrderedDict()
+        self._weight_bytes = [sum(op.weight_bytes for op in layer.spatial) for layer in graph.spec.layers]
+        self._held_bytes = 0
 
     def tiling(self, span: TileSpan) -> Tiling:
         """The regions of a span's tiles.
@@ -166,20 +172,28 @@ class TileCache:
             tile = self._tiles.get((span, index))
             if tile is None:
                 tile = self._tiles[span, index] = TileSegment(self._graph, self._tiling(span), index)
-                _trim(self._tiles)
+                self._held_bytes += self._weigh(span)
+                self._trim()
             self._tiles.move_to_end((span, index))
         return tile
 
     def _tiling(self, span: TileSpan) -> Tiling:
         if span not in self._tilings:
             self._tilings[span] = plan_tiles(self._graph.spec, span)
-            _trim(self._tilings)
+            if len(self._tilings) > CACHED_TILES:
+                self._tilings.popitem(last=False)
         return self._tilings[span]
 
+    def _weigh(self, span: TileSpan) -> int:
+        """Bytes of the weights that each tile of a span holds."""
+        return sum(self._weight_bytes[span.start : span.stop])
 
-def _trim(cache: OrderedDict[Any, Any]) -> None:
-    if len(cache) > CACHED_TILES:
-        cache.popitem(last=False)
+    def _trim(self) -> None:
+        """Forget what was used longest ago, but for the newest."""
+        most_bytes = CACHED_PLANS * sum(self._weight_bytes)
+        while len(self._tiles) > 1 and (self._held_bytes > most_bytes or len(self._tiles) > CACHED_TILES):
+            (span, _), _ = self._tiles.popitem(last=False)
+            self._held_bytes -= self._weigh(span)
 
 
 # --- a tile as a graph --------------------------------------------------------------------------------------------------
