@@ -16,7 +16,7 @@ from runtime.errors import PlanError
 from runtime.planning.arrays import FloatArray, IntArray, Layout
 from runtime.planning.problem import ById, PlanningProblem, check_plan
 from runtime.planning.tile_search import choose_tiles, fit_lines
-from runtime.planning.tiles import TileNode, tile_node, tile_seconds
+from runtime.planning.tiles import HAND_OVER_S, TileNode, tile_node, tile_seconds
 from runtime.planning.tiling import find_spans, plan_tiles, region_bytes, scale_lines
 from runtime.types import GraphSpec, NodeProfile, Plan, Tier, TileSpan
 
@@ -237,5 +237,5 @@ def _compile_span(problem: PlanningProblem, names: tuple[str, ...], span: TileSp
             continue
         there, back = layout.link_slot[names[0], name], layout.link_slot[name, names[0]]
         sent, made = region_bytes(graph, tile.inputs), region_bytes(graph, tile.outputs)
-        columns.append((slot, there, back, 1.0, idle_s, sent, made, fixed_s))
+        columns.append((slot, there, back, 1.0, idle_s, sent, made, fixed_s + 2.0 * HAND_OVER_S))
     return np.array(columns, dtype=np.float64).T
