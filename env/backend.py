@@ -171,10 +171,9 @@ class TwinBackend:
         self._twin.load(0, self._book.site, world)
         self._reference_s = self._twin.start(_LANE)[0, : world.num_requests - 1].copy()
         self._sent, self._others = [], tuple(others)
-        self._is_running = True
         if others:
             self._twin.begin(_LANE, is_asking=True)
-            self._ask_others(is_over=False)
+        self._ask_others(is_over=False)
 
     def state(self) -> SystemState:
         """What the device knows as the request at hand comes."""
@@ -205,16 +204,17 @@ class TwinBackend:
         self._sent.append(self._book.send(plan, self._arrays()))
         is_over, ended = self._go_on(row)
         is_over, more = self._ask_others(is_over)
-        self._is_running = not is_over
         return is_over, ended + more
 
     def _ask_others(self, is_over: bool) -> tuple[bool, list[Ended]]:
-        """Let other devices decide on their requests until one of the agent's is at hand."""
+        """Let other devices decide on their requests until one of the agent's is at hand; what fails ends the episode."""
         ended: list[Ended] = []
+        self._is_running = False
         while not is_over and (turn := self._twin.turn(0)) != 0:
             plan = self._others[turn - 1].plan(self.state())
             is_over, more = self._go_on(self._twin.add_plan(0, plan))
             ended += more
+        self._is_running = not is_over
         return is_over, ended
 
     def _go_on(self, row: int) -> tuple[bool, list[Ended]]:

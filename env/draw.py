@@ -59,10 +59,9 @@ def make_streams(seed: int | Sequence[int]) -> WordArray:
 
 def hash_seed(seed: int | Sequence[int], spawn_key: tuple[int, ...] = ()) -> np.random.SeedSequence:
     """Hash a seed as `SeedSequence` does; numbers of one word each are handed over as such, which is faster."""
-    try:
-        words: Any = np.array((seed,) if isinstance(seed, int) else seed, dtype=np.uint32)
-    except OverflowError:
-        words = seed
+    numbers = (seed,) if type(seed) is int else seed
+    is_plain = isinstance(numbers, tuple | list) and all(type(n) is int and 0 <= n < 2**32 for n in numbers)
+    words: Any = np.array(numbers, dtype=np.uint32) if is_plain else seed
     return np.random.SeedSequence(words, spawn_key=spawn_key)
 
 

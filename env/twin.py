@@ -161,7 +161,7 @@ class Twin:
         """Give any legal plan a row, so that it can be chosen as the candidates are; a lane that stands at a request.
 
         Returns:
-            The row, good until `EXTRA_ROWS` other plans were added.
+            The row, good until `EXTRA_ROWS` other plans were added or used.
 
         Raises:
             PlanError: when the plan is not legal at the lane's site.
@@ -171,6 +171,8 @@ class Twin:
         row = site.candidates.index.get(plan)
         if row is None:
             row = extra.get(plan)
+            if row is not None:
+                extra[plan] = extra.pop(plan)  # used last
         if row is not None:
             return row
         costs = compile_plan(site.problem, check_plan(site.problem, plan))
@@ -201,7 +203,8 @@ class Twin:
         """Start lanes over: each stands at its first request.
 
         With `is_asking` a lane stands at the requests of all its clients, not only at those of client 0, and `step` starts
-        that of the client whose turn it is (`turn`). Else the planner decides for the others.
+        that of the client whose turn it is (`turn`). Else the planner decides for the others. `look` and `finish` are for
+        lanes that do not ask.
         """
         self._run(lanes, np.full((len(lanes), 1), int(is_asking)), run.BEGIN)
 

@@ -20,7 +20,7 @@ from env.lookahead import Clairvoyant, Rollout
 from env.reward import EXCESS_WEIGHT
 from env.scenario import SyntheticScenario
 from env.twin import Twin
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, PlanError
 from runtime.planning.features import CANDIDATE_COLUMNS, CONTEXT_COLUMNS
 from runtime.planning.policies.guard import GuardedPolicy
 from tests.sites import still_world, toy_site
@@ -288,12 +288,51 @@ def test_devices_that_all_compute_by_themselves_do_not_meet_at_the_edge(shared):
     assert met > 0  # where all ask the edge, some wait for others
 
 
-def test_policies_for_some_of_the_other_devices_only_are_refused(shared):
+@pytest.mark.parametrize("more", [-1, 1])
+def test_policies_for_more_or_fewer_than_the_other_devices_are_refused(shared, more):
     ground, worlds = shared
     backend = TwinBackend((ground.site,), num_requests=12)
-    policies = [find_contestant("device-only").build(ground.site.problem)] * len(worlds[0].shift)
+    others = len(worlds[0].shift) - 1
+    assert others > 1
     with pytest.raises(ConfigError, match="for each of"):
-        backend.start_world(0, worlds[0], policies)
+        backend.start_world(0, worlds[0], [find_contestant("device-only").build(ground.site.problem)] * (others + more))
+
+
+def play_itself(backend, world, policy, others):
+    backend.start_world(0, world, [others] * (len(world.shift) - 1))
+    is_over = False
+    while not is_over:
+        is_over, _ = backend.step(policy.plan(backend.state()))
+
+
+def test_the_last_state_of_a_self_play_is_the_agents(shared):
+    ground, worlds = shared
+    backend = TwinBackend((ground.site,), num_requests=12)
+    policy = find_contestant("planner").build(ground.site.problem)
+    for world in worlds:
+        play_itself(backend, world, policy, policy)
+        state = backend.state()
+        assert state.input_bytes == pytest.approx(world.input_bytes[0, 12], abs=1.0)
+        assert state.deadline_s == world.deadline_s[0, 12]
+
+
+def test_a_policy_of_another_device_that_fails_ends_the_episode(shared):
+    class Broken:
+        is_stateful = False
+
+        def plan(self, state):
+            raise PlanError("no plan")
+
+        def reset(self):
+            pass
+
+    ground, worlds = shared
+    backend = TwinBackend((ground.site,), num_requests=12)
+    policy = find_contestant("planner").build(ground.site.problem)
+    with pytest.raises(PlanError):
+        play_itself(backend, worlds[0], policy, Broken())
+    with pytest.raises(ConfigError, match="running episode"):
+        backend.step(policy.plan(backend.state()))
 
 
 @pytest.mark.parametrize("settings", [{"backend": "live"}, {"policies": (CLAIRVOYANT,)}])

@@ -248,3 +248,17 @@ def test_grid_is_as_fine_as_the_finest_recordings():
 def test_seeds_are_hashed_as_seed_sequence_does(seed, spawn_key):
     expected = np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(8, np.uint64)
     np.testing.assert_array_equal(hash_seed(seed, spawn_key).generate_state(8, np.uint64), expected)
+
+
+@pytest.mark.parametrize(
+    "seed", [np.int64(3), np.uint32(3), [np.int64(2**40 + 1), 1], np.array([2**40 + 1]), [True, 2]]
+)
+def test_seeds_of_numpy_are_hashed_as_seed_sequence_does(seed):
+    expected = np.random.SeedSequence(seed).generate_state(8, np.uint64)
+    np.testing.assert_array_equal(hash_seed(seed).generate_state(8, np.uint64), expected)
+
+
+@pytest.mark.parametrize("seed", [(-1,), (np.int64(-1),), [1.5]])
+def test_what_is_no_seed_is_refused_as_by_seed_sequence(seed):
+    with pytest.raises((ValueError, TypeError)):
+        hash_seed(seed)

@@ -22,7 +22,7 @@ from runtime.planning.estimators import tuned_arrays
 from runtime.planning.features import FeatureEncoder
 from runtime.planning.policies.planner import build_planner
 from runtime.planning.problem import PlanningProblem
-from runtime.planning.tiles import HAND_OVER_S, TileCost, TileNode, cost_tiles
+from runtime.planning.tiles import TILE_HAND_OVER_S, TileCost, TileNode, cost_tiles
 from runtime.types import (
     DEVICE_NODE,
     Constraints,
@@ -105,7 +105,7 @@ def play(site: Site, world: World, plans: list[Plan]) -> np.ndarray:
 def cost_of(site: Site, span: TileSpan, *names: str) -> TileCost:
     nodes = tuple(
         TileNode(
-            (LAYER_S / SPEEDS[name],) * LAYERS, PEER_BPS, PEER_BPS, PEER_RTT_S if at else 0.0, FIXED_S, HAND_OVER_S
+            (LAYER_S / SPEEDS[name],) * LAYERS, PEER_BPS, PEER_BPS, PEER_RTT_S if at else 0.0, FIXED_S, TILE_HAND_OVER_S
         )
         for at, name in enumerate(names)
     )

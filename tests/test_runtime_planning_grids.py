@@ -18,7 +18,7 @@ from runtime.planning.grids import tile_options, tiled_plans
 from runtime.planning.policies.registry import load_policy
 from runtime.planning.problem import PlanningProblem, check_plan
 from runtime.planning.rows import PlanCosts, compile_plan
-from runtime.planning.tiles import HAND_OVER_S, TileNode, cost_tiles
+from runtime.planning.tiles import TILE_HAND_OVER_S, TileNode, cost_tiles
 from runtime.types import (
     DEVICE_NODE,
     Constraints,
@@ -85,7 +85,7 @@ def test_a_tiled_edge_share_costs_what_cost_tiles_says(speed: float, k: float, b
     profiles = problem.profile.nodes
     nodes = [
         TileNode(profiles["edge0"].layer_s, fixed_s=1e-4),
-        TileNode(tuple(k * s for s in profiles["edge1"].layer_s), bps, bps, 1e-3, 1e-4, HAND_OVER_S),
+        TileNode(tuple(k * s for s in profiles["edge1"].layer_s), bps, bps, 1e-3, 1e-4, TILE_HAND_OVER_S),
     ]
     expected_s = 4 * 0.02 + math.fsum(cost_tiles(problem.graph, span, nodes).total_s for span in spans)
     assert estimate(problem, plan, state, last_value_arrays).compute_s["edge0"] == pytest.approx(expected_s)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from agent.policies import find_checkpoint, load_policy
+from env.world import World
 from runtime.errors import ConfigError
 from runtime.planning.policies.guard import GuardedPolicy
 from runtime.planning.policies.registry import PolicySpec
@@ -35,6 +36,14 @@ class Contestant:
         if isinstance(policy, GuardedPolicy) and not has_clock:
             policy.clock = _stand_still
         return policy
+
+    def build_others(self, problem: PlanningProblem, world: World) -> list[Policy]:
+        """Build the policy for each of the other devices of a world.
+
+        Raises:
+            PlanError: when no plan of the rule is legal there.
+        """
+        return [self.build(problem) for _ in world.shift[1:]]
 
 
 def _stand_still() -> float:

@@ -13,7 +13,6 @@ from agent.compare.contestants import CLAIRVOYANT, ROLLOUT, Contestant
 from agent.compare.statistics import FloatArray
 from agent.frozen import FrozenPolicy
 from env.backend import Backend, Ended, TwinBackend, backbone_hops, sent_bytes
-from env.kernel.layout import CLIENTS
 from env.lookahead import Clairvoyant, Rollout
 from env.scenario import Scenario
 from env.site import Site
@@ -97,8 +96,11 @@ class Ground:
         choose = self._chooser(policy) if is_batched and not is_shared else None
         if choose is not None:
             return self._play_lanes(contestant.name, choose, self._time(policy))
-        others = [contestant.build(self.site.problem) for _ in range(CLIENTS - 1)] if is_shared else []
-        return [self._play_one(contestant.name, policy, lane, others) for lane in range(len(self.seeds))]
+        episodes = []
+        for lane, world in enumerate(self._worlds):
+            others = contestant.build_others(self.site.problem, world) if is_shared else []
+            episodes.append(self._play_one(contestant.name, policy, lane, others))
+        return episodes
 
     # --- batched -------------------------------------------------------------------------------------------------------
 
@@ -190,11 +192,7 @@ class Ground:
     # --- one by one ----------------------------------------------------------------------------------------------------
 
     def _play_one(self, name: str, policy: Policy, lane: int, others: Sequence[Policy]) -> Episode:
-        world = self._worlds[lane]
-        others = others[: len(world.shift) - 1]
-        for other in others:
-            other.reset()
-        self._single.start_world(0, world, others)
+        self._single.start_world(0, self._worlds[lane], others)
         return play_episode(
             self._single, policy, Place(name, self.label, self.site.name, self.number, self.seeds[lane])
         )

@@ -132,7 +132,9 @@ def draw_figures(plan: Plan, episodes: Sequence[Episode]) -> dict[str, Figure]:
     shown = next(kind for kind in (*_SHOWN, plan.scenarios[0]) if kind in plan.scenarios)
     policies = [find_contestant(name) for name in plan.policies if name not in BOUNDS]
     site = plan.site(0)
-    timeline = record_timeline(site, plan.scenario(shown), plan.world_seed(0, 0), plan.num_requests, policies)
+    timeline = record_timeline(
+        site, plan.scenario(shown), plan.world_seed(0, 0), plan.num_requests, policies, self_play=plan.self_play
+    )
     figures["timeline"] = draw_timeline(timeline)
     maps = {contestant.name: decision_map(site, contestant) for contestant in policies}
     figures["decisions"] = draw_maps(maps, f"Tiers that run layers, {site.name}")

@@ -55,15 +55,21 @@ class Timeline:
 
 
 def record_timeline(
-    site: Site, scenario: Scenario, seed: tuple[int, int], count: int, policies: Sequence[Contestant]
+    site: Site,
+    scenario: Scenario,
+    seed: tuple[int, int],
+    count: int,
+    policies: Sequence[Contestant],
+    *,
+    self_play: bool = False,
 ) -> Timeline:
-    """Play one episode with every policy, one by one."""
+    """Play one episode with every policy, one by one; with `self_play` other devices have it too."""
     backend, world = TwinBackend((site,), num_requests=count), scenario.world(site, seed, count + 1)
     layout = site.candidates.costs.layout
     tracks: list[Track] = []
     heard: list[dict[str, float]] = []
     for contestant in policies:
-        backend.start_world(0, world)
+        backend.start_world(0, world, contestant.build_others(site.problem, world) if self_play else ())
         policy = contestant.build(site.problem)
         at_s, tiers, ended, is_over = [], [], [], False
         while not is_over:

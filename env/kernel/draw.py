@@ -130,23 +130,6 @@ def draw(
 
 
 @compiled
-def _draw_backgrounds(
-    streams: Array, loads: Array, sizes: Array, until_s: float, background: Array, counts: Array
-) -> None:
-    for node in range(NODES):
-        counts[node] = 0
-        if sizes[node] > 0.0:
-            counts[node] = fill_background(
-                streams[OF_PAIRS + 2 * node],
-                loads[node],
-                sizes[node],
-                until_s,
-                background[node],
-                background[NODES + node],
-            )
-
-
-@compiled
 def _fill(row: Array, value: float) -> None:
     for step in range(len(row)):
         row[step] = value
@@ -295,6 +278,24 @@ def _draw_loads(
             _draw_load(own, levels, recorded_load, node, loads[node])
             add_co_tenant(own, p, grid[CONTENTION + node])
             sizes[node], busy[node] = limit_load(own, p, p.model_s[node], grid[CONTENTION + node], loads[node])
+
+
+@compiled
+def _draw_backgrounds(
+    streams: Array, loads: Array, sizes: Array, until_s: float, background: Array, counts: Array
+) -> None:
+    """Background requests of all nodes up to an instant: arrivals, then idle seconds, and how many there are."""
+    for node in range(NODES):
+        counts[node] = 0
+        if sizes[node] > 0.0:
+            counts[node] = fill_background(
+                streams[OF_PAIRS + 2 * node],
+                loads[node],
+                sizes[node],
+                until_s,
+                background[node],
+                background[NODES + node],
+            )
 
 
 @compiled

@@ -195,7 +195,7 @@ LANE = np.dtype(
     + _fields(_B, "is_over is_asking")  # the second: others than client 0 are not decided for by the planner
     + _fields(_I, "turn")  # client whose request is at hand
     + _fields(_B, "is_warm", 3 * ROWS)
-    + _fields(_F, "predicted_total_s", ROWS)  # by the planner, of client 0's request at hand
+    + _fields(_F, "predicted_total_s", ROWS)  # by the planner, of the request at hand
     # Requests in tiles: the next of the plan's, those that are out, what is left to the head. Tiles that are out have a
     # slot each: of which request, and which tile.
     + _fields(_B, "is_span_open", SLOTS)

@@ -262,6 +262,9 @@ def _advance(
             _ask(w, requests, r, s, v, what)
             return False
         if s.is_over and not _has_requests(s):
+            if s.turn != 0:  # others were asked meanwhile
+                _ask(w, requests, r, s, v, ZERO)
+                _read(w, requests, r, s, x)
             return True
 
 
@@ -275,7 +278,7 @@ def _read(w: World, requests: Requests, r: Plans, s: Lane, x: State) -> None:
 
 @compiled
 def _ask(w: World, requests: Requests, r: Plans, s: Lane, v: View, client: int) -> None:
-    """Stand at a request of another client: work out what the planner predicts of every plan."""
+    """Stand at a client's request: work out what the planner predicts of every plan."""
     s.turn = client
     glance(w, requests, r, s, v, client)
     for row in range(ROWS):
@@ -359,10 +362,11 @@ def _follow(w: World, requests: Requests, r: Plans, s: Lane, v: View, rows: Arra
 
 
 STEP, BEGIN, START, LOOK, FINISH, FORK, READ = constants(7)
-"""What to do with a lane. `STEP`: submit the request at hand and go on to the next. `BEGIN`: start over, and go to the first.
-`START`: run the whole episode, the planner deciding for every client, then as `BEGIN`. `LOOK`: submit the request in a copy of the lane, and see what becomes
-of it and of those that follow; the lane stays as it is. `FINISH`: submit nothing, and go on until all earlier requests have
-ended. `FORK`: copy the lane. `READ`: write the state at the request at hand."""
+"""What to do with a lane. `STEP`: submit the request at hand and go on to the next. `BEGIN`: start over, and go to the
+first. `START`: run the whole episode, the planner deciding for every client, then as `BEGIN`. `LOOK`: submit the
+request in a copy of the lane, and see what becomes of it and of those that follow; the lane stays as it is. `FINISH`:
+submit nothing, and go on until all earlier requests have ended. `FORK`: copy the lane. `READ`: write the state at the
+request at hand."""
 
 
 @compiled

@@ -36,7 +36,8 @@ CACHED_TILES = 256
 
 CACHED_PLANS = 4
 """Tiles are kept as long as their weights, which each has laid out for itself, are no more than this many times those of
-the graph: a plan has each at most once on a node, and policies go back and forth between a few plans. Guess."""
+the graph's convolutions: a plan has each once on a node, but for tiles that a head runs for others, and policies go back
+and forth between a few plans. Guess."""
 
 
 def slice_inputs(values: Mapping[str, torch.Tensor], regions: Mapping[str, Region]) -> dict[str, torch.Tensor]:

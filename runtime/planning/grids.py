@@ -16,7 +16,7 @@ from runtime.errors import PlanError
 from runtime.planning.arrays import FloatArray, IntArray, Layout
 from runtime.planning.problem import ById, PlanningProblem, check_plan
 from runtime.planning.tile_search import choose_tiles, fit_lines
-from runtime.planning.tiles import HAND_OVER_S, TileNode, tile_node, tile_seconds
+from runtime.planning.tiles import TileNode, tile_node, tile_seconds
 from runtime.planning.tiling import find_spans, plan_tiles, region_bytes, scale_lines
 from runtime.types import GraphSpec, NodeProfile, Plan, Tier, TileSpan
 
@@ -134,7 +134,9 @@ class TileRows:
     idle_s: FloatArray  # (E,)
     there_bytes: FloatArray  # (E,)
     back_bytes: FloatArray  # (E,)
-    fixed_s: FloatArray  # (E,) of both messages; the head's own tile has none, but takes it as long
+    fixed_s: (
+        FloatArray  # (E,) of both messages; the head's own tile has none, but takes as long without their hand-over
+    )
 
     @property
     def links(self) -> IntArray:
@@ -230,12 +232,13 @@ def _compile_span(problem: PlanningProblem, names: tuple[str, ...], span: TileSp
     columns = []
     for index, (name, tile) in enumerate(zip(names, tiling.tiles, strict=False)):
         profile, slot = profiles.get(name), layout.node_slot[name]
-        idle_s = np.nan if profile is None else tile_seconds(graph, tiling, tile_node(profile))[index]
-        fixed_s = 0.0 if profile is None else 2.0 * profile.fixed_s
+        known = None if profile is None else tile_node(profile)
+        idle_s = np.nan if known is None else tile_seconds(graph, tiling, known)[index]
+        fixed_s = 0.0 if known is None else 2.0 * (known.fixed_s + (known.hand_over_s if index else 0.0))
         if index == 0:
             columns.append((slot, 0, 0, 0.0, idle_s, 0.0, 0.0, fixed_s))
             continue
         there, back = layout.link_slot[names[0], name], layout.link_slot[name, names[0]]
         sent, made = region_bytes(graph, tile.inputs), region_bytes(graph, tile.outputs)
-        columns.append((slot, there, back, 1.0, idle_s, sent, made, fixed_s + 2.0 * HAND_OVER_S))
+        columns.append((slot, there, back, 1.0, idle_s, sent, made, fixed_s))
     return np.array(columns, dtype=np.float64).T

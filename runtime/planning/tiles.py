@@ -21,7 +21,7 @@ thread, with 512 channels and halves of maps of 8 to 16 rows: between 7e9 and fa
 other machines."""
 
 
-HAND_OVER_S = 2.5e-4
+TILE_HAND_OVER_S = 2.5e-4
 """A message to or from another node takes so much longer than the head's own share of a span, beyond what any message
 takes: it passes four threads, which are woken on processors that compute. Measured: halves of Darknet-53 that were cut with
 it came together 4 to 10 % sooner than without, with twice as much 2 to 7 % (two processes on two cores, four runs)."""
@@ -36,7 +36,7 @@ class TileNode:
     from_bps: float = math.inf  # back
     rtt_s: float = 0.0
     fixed_s: float = 0.0  # per message
-    hand_over_s: float = 0.0  # per message, of another node than the head: `HAND_OVER_S`
+    hand_over_s: float = 0.0  # per message, of another node than the head: `TILE_HAND_OVER_S`
     encode_bytes_per_s: float = math.inf
     decode_bytes_per_s: float = math.inf
     weight_bytes_per_s: float = WEIGHT_BYTES_PER_S
@@ -53,7 +53,9 @@ def tile_node(
 ) -> TileNode:
     """An idle node by its profile, behind links of these rates."""
     tile_layer_s = profile.tile_layer_s
-    return TileNode(profile.layer_s, to_bps, from_bps, rtt_s, profile.fixed_s, HAND_OVER_S, tile_layer_s=tile_layer_s)
+    return TileNode(
+        profile.layer_s, to_bps, from_bps, rtt_s, profile.fixed_s, TILE_HAND_OVER_S, tile_layer_s=tile_layer_s
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class TileCost:
 class TileLinks:
     """Seconds per byte and per message of every tile's way to its node and back.
 
-    The head's own crosses no link, but cutting, handing over and putting together take it as long as two messages.
+    The head's own crosses no link, but cutting and putting together take it as long as two messages' fixed seconds.
     """
 
     there_s: Floats  # (tiles,) per byte
