@@ -89,7 +89,7 @@ class Twin:
         self._ended = np.zeros((2, num_all * num_requests), dtype=np.int64)
         self._sites: list[Site | None] = [None] * num_lanes
         self._segments: list[Segments] = [{} for _ in range(num_lanes)]
-        self._extra: list[dict[Plan, int]] = [{} for _ in range(num_lanes)]  # rows of other plans, the oldest first
+        self._extra: list[dict[Plan, int]] = [{} for _ in range(num_lanes)]  # rows of other plans, the last used last
         self._num_tiles = [0] * num_lanes
 
     def load(self, lane: int, site: Site, world: World) -> None:

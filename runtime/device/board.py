@@ -16,8 +16,8 @@ MAX_LOAD_FACTOR = 1e6
 MAX_TOLD_S = 1e6
 MAX_BANDWIDTH_BPS = 1e15
 MAX_COUNT = 2**53
-"""What a node may tell at most: beyond, and below 0, a reading is unknown, and a count is clipped. Arithmetic on what remains
-stays finite."""
+"""What a node may tell at most: beyond, and below 0, a reading is unknown, and a count is clipped. Arithmetic on what
+remains stays finite."""
 
 
 @dataclass(frozen=True, slots=True)

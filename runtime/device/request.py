@@ -123,7 +123,8 @@ def remote_breakdown(
     outside_s = received_at_s - request.sent_at_s - request.upload_wait_s
     for hop, name in zip(hops, names, strict=True):
         compute[name] = hop.compute_s + hop.tiles_s
-        # Where clocks cannot be compared, an acknowledgement may have been slower than the tensors: both ways together are known better than one.
+        # Where clocks cannot be compared, an acknowledgement may have been slower than the tensors: both ways together
+        # are known better than one.
         both_ways_s = max(outside_s - hop.residence_s, 0.0)
         transfer[f"{near}>{name}"] = min(upload_s, both_ways_s)
         transfer[f"{name}>{near}"] = both_ways_s - min(upload_s, both_ways_s)

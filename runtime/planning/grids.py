@@ -134,9 +134,7 @@ class TileRows:
     idle_s: FloatArray  # (E,)
     there_bytes: FloatArray  # (E,)
     back_bytes: FloatArray  # (E,)
-    fixed_s: (
-        FloatArray  # (E,) of both messages; the head's own tile has none, but takes as long without their hand-over
-    )
+    fixed_s: FloatArray  # (E,) of both messages; the head's own tile has none: it takes their time, no hand-over
 
     @property
     def links(self) -> IntArray:
