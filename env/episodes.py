@@ -66,7 +66,6 @@ class Episodes:
         self._scenario_of = np.zeros(num_all, dtype=np.int64)
         self._reference_s = np.zeros((num_all, num_requests + 1))
         self._number = np.zeros(num_all, dtype=np.int64)
-        self._observations: Observation = self._twin.seen._asdict()
 
     def start(
         self, lanes: IntArray, seeds: Sequence[Sequence[int]], places: Sequence[tuple[int, int]] | None = None
@@ -135,7 +134,14 @@ class Episodes:
     @property
     def observations(self) -> Observation:
         """What every lane's device knows at its request at hand, forks last; changes with the next step."""
-        return self._observations
+        return self._twin.seen._asdict()
+
+    def give_observations(self) -> None:
+        """Leave the observations to whoever has them: all that comes is written into other arrays.
+
+        Those hold nothing of a lane until it is started or stepped.
+        """
+        self._twin.give_seen()
 
     def describe(self, lane: int) -> dict[str, object]:
         """What an episode is: its site, its scenario, and the instant it stands at."""

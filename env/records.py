@@ -63,16 +63,17 @@ def place_of(site: Site) -> layout.Place:
 def put_rows(plans: layout.Plans, where: slice, costs: PlanCosts) -> None:
     """Write compiled plans into rows of a record."""
     for name in _ROW_FIELDS:
-        plans[name][where] = costs.full(name)
+        plans["rows"][name][where] = costs.full(name)
     needs = costs.full("needs").astype(np.uint8)
-    plans["needs"][where] = needs @ (1 << np.arange(needs.shape[1], dtype=np.uint8))
+    plans["rows"]["needs"][where] = needs @ (1 << np.arange(needs.shape[1], dtype=np.uint8))
 
 
 def put_tiles(plans: layout.Plans, row: int, first: int, site: Site, plan: Plan) -> FloatArray:
     """Write of a plan which tiles it has: from the first-th of the lane on. Returns them, shape (tiles, TILE_COLUMNS)."""
     table = _tiles_of(site.problem, plan)
-    plans["num_peers"][row] = len(plan.edge_nodes) - 1 if len(table) else 0
-    plans["first_tile"][row], plans["num_tiles"][row] = first, len(table)
+    one = plans["rows"][row]
+    one["num_peers"] = len(plan.edge_nodes) - 1 if len(table) else 0
+    one["first_tile"], one["num_tiles"] = first, len(table)
     return table
 
 
@@ -117,14 +118,14 @@ def _make_plans(site: Site) -> SitePlans:
     plans.path[: len(slots.links)] = paths_of(slots, None if cloud is None else cloud.name)
     has_model = site.problem.constraints.device_has_model and DEVICE_NODE in site.problem.profile.nodes
     plans.local_s = site.model_s(DEVICE_NODE) if has_model else np.inf
-    plans.padding[:NUM_CANDIDATES] = np.arange(NUM_CANDIDATES) >= site.candidates.num_plans
-    plans.padding[NUM_CANDIDATES:] = 1
+    plans.rows["padding"][:NUM_CANDIDATES] = np.arange(NUM_CANDIDATES) >= site.candidates.num_plans
+    plans.rows["padding"][NUM_CANDIDATES:] = 1
     put_rows(plans, slice(0, NUM_CANDIDATES), site.candidates.costs)
     for at, plan in enumerate(site.candidates.plans):
-        plans.segment[at] = number_segments(segments, site, plan)
+        plans.rows["segment"][at] = number_segments(segments, site, plan)
         if plan.tiles and at < site.candidates.num_plans:
             tiles.append(put_tiles(plans, at, sum(map(len, tiles)), site, plan))
-    plans.num_tiled = len(tiles) - 1
+    plans.num_rows, plans.num_tiled = NUM_CANDIDATES, len(tiles) - 1
     shown = find_slots(site.problem, site.candidates)
     plans.shown_node, plans.shown_link = shown.nodes, shown.links
     plans.reference_s, plans.reference_bytes = shown.reference_s, shown.reference_bytes

@@ -79,18 +79,26 @@ class Twin:
         self._lanes = make_records(layout.LANE, num_all + 2)
         self._lanes[-1] = blank_lane()[0]
         self._states, self._views = make_records(layout.STATE, num_all), make_records(layout.VIEW, 1)
-        self.seen = layout.Seen(
-            candidates=np.zeros((num_all, NUM_CANDIDATES * len(CANDIDATE_COLUMNS)), dtype=np.float32),
-            context=np.zeros((num_all, len(CONTEXT_COLUMNS)), dtype=np.float32),
-            mask=np.zeros((num_all, NUM_CANDIDATES), dtype=np.int8),
-        )
-        rows = self.seen.candidates.reshape(num_all, NUM_CANDIDATES, -1)
-        self._shown = self.seen._replace(candidates=rows)  # the same, as compiled functions take it
+        self.give_seen()
         self._ended = np.zeros((2, num_all * num_requests), dtype=np.int64)
         self._sites: list[Site | None] = [None] * num_lanes
         self._segments: list[Segments] = [{} for _ in range(num_lanes)]
         self._extra: list[dict[Plan, int]] = [{} for _ in range(num_lanes)]  # rows of other plans, the last used last
         self._num_tiles = [0] * num_lanes
+
+    def give_seen(self) -> None:
+        """Leave the arrays of what is seen to whoever has them; what is seen next is written into others.
+
+        Those hold nothing of a lane until it is started or stepped.
+        """
+        num_all = len(self._homes)
+        self.seen = layout.Seen(
+            candidates=np.empty((num_all, NUM_CANDIDATES * len(CANDIDATE_COLUMNS)), dtype=np.float32),
+            context=np.empty((num_all, len(CONTEXT_COLUMNS)), dtype=np.float32),
+            mask=np.empty((num_all, NUM_CANDIDATES), dtype=np.int8),
+        )
+        rows = self.seen.candidates.reshape(num_all, NUM_CANDIDATES, -1)
+        self._shown = self.seen._replace(candidates=rows)  # the same, as compiled functions take it
 
     def load(self, lane: int, site: Site, world: World) -> None:
         """Put a site and an episode's world into a lane.
@@ -107,14 +115,15 @@ class Twin:
             self._load_site(lane, site)
         self._extra[lane] = {}
         plans = self._plans
-        plans["padding"][lane, NUM_CANDIDATES:] = 1
-        plans["num_peers"][lane, NUM_CANDIDATES:] = 0
-        plans["num_tiled"][lane] = np.count_nonzero(plans["num_peers"][lane])
+        rows = plans["rows"][lane]
+        rows["padding"][NUM_CANDIDATES:] = 1
+        rows["num_peers"][NUM_CANDIDATES:] = 0
+        plans["num_rows"][lane], plans["num_tiled"][lane] = NUM_CANDIDATES, np.count_nonzero(rows["num_peers"])
         self._num_tiles[lane] = len(plans_of(site).tiles)
         self._load_world(lane, world)
         is_warm = self._worlds.courses["is_warm"][lane]
         is_warm[:] = 0
-        is_warm[plans["segment"][lane, :NUM_CANDIDATES][: len(world.is_warm)][world.is_warm]] = 1
+        is_warm[rows["segment"][: len(world.is_warm)][world.is_warm]] = 1
 
     def _load_site(self, lane: int, site: Site) -> None:
         plans, tiles, segments = plans_of(site)
@@ -181,11 +190,12 @@ class Twin:
             row = extra.pop(next(iter(extra)))
         extra[plan] = row
         put_rows(self._plans[lane], slice(row, row + 1), costs)
-        self._plans["segment"][lane, row] = number_segments(self._segments[lane], site, plan)
-        self._plans["padding"][lane, row] = 2
+        self._plans["rows"]["segment"][lane, row] = number_segments(self._segments[lane], site, plan)
+        self._plans["rows"]["padding"][lane, row] = 2
+        self._plans["num_rows"][lane] = max(self._plans["num_rows"][lane], row + 1)
         first = self._num_tiles[lane]
         self._put_tiles(lane, first, put_tiles(self._plans[lane], row, first, site, plan))
-        self._plans["num_tiled"][lane] = np.count_nonzero(self._plans["num_peers"][lane])
+        self._plans["num_tiled"][lane] = np.count_nonzero(self._plans["rows"]["num_peers"][lane])
         # The request at hand was weighed before there was this row.
         state = self.state_arrays(site, np.array([lane]))
         self._lanes["predicted_total_s"][lane, row] = predict_total(costs, tuned_arrays(state), state)[0, 0]

@@ -85,9 +85,10 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
         if seed is not None or self._seed is None:
             self._seed = int(self.np_random.integers(2**31)) if seed is None else seed
             self._counts[:] = 0
+        self._episodes.give_observations()
         self._start(self._lanes)
         self._ages[:] = self._first_ages
-        return self._copy(), {}
+        return self._episodes.observations, {}
 
     def _start(self, lanes: npt.NDArray[np.int64]) -> None:
         assert self._seed is not None
@@ -107,6 +108,7 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
         self._check_open()
         if self._seed is None:
             raise ResetNeeded("expected running episodes, got none: call reset() before step()")
+        self._episodes.give_observations()  # to copy them would take as long as to write them
         rewards, is_over, completed = self._episodes.step(self._lanes, np.asarray(actions, dtype=np.int64))
         self._ages += 1
         is_over = is_over | (self._ages >= self._episodes.num_requests)
@@ -120,7 +122,7 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
             infos["final_info"], infos["_final_info"] = {}, is_over.copy()
             self._start(ended)
             self._ages[ended] = 0
-        return self._copy(), rewards, np.zeros(self.num_envs, dtype=np.bool_), is_over, infos
+        return self._episodes.observations, rewards, np.zeros(self.num_envs, dtype=np.bool_), is_over, infos
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Which actions need no node that is down, shape (num_envs, K)."""
@@ -129,9 +131,6 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
     def close_extras(self, **kwargs: Any) -> None:
         """End the environments; they cannot be used any more."""
         self._is_open = False
-
-    def _copy(self) -> Observation:
-        return {name: rows.copy() for name, rows in self._episodes.observations.items()}
 
     def _check_open(self) -> None:
         if not self._is_open:

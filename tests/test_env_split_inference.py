@@ -168,3 +168,15 @@ def test_staggered_episodes_end_at_different_steps():
         rows, _, _, truncated, _ = many.step(planned(rows))
         ends.append(truncated.tolist())
     assert [np.flatnonzero(lane).tolist() for lane in np.array(ends).T] == [[11, 23], [8, 20], [5, 17], [2, 14]]
+
+
+def test_observations_stay_as_they_were_while_the_environments_go_on():
+    many = SplitInferenceVectorEnv(3, sites=SITES, scenario="both", num_requests=4)
+    rows, _ = many.reset(seed=2)
+    given, before = [], []
+    for _ in range(9):  # over two ends of episodes
+        given.append(rows)
+        before.append({key: row.copy() for key, row in rows.items()})
+        rows, *_ = many.step(planned(rows))
+    for now, then in zip(given, before, strict=True):
+        assert all(np.array_equal(now[key], then[key]) for key in then)

@@ -59,18 +59,19 @@ Parts = tuple[float, float, float, float, float, float, float, float, float, flo
 @compiled
 def read_state(w: World, requests: Requests, r: Plans, s: Lane, out: State, client: int) -> None:
     """Write what a client's device has measured, as its next request comes."""
-    now_s, number = s.now_s, s.next_request[client]
+    device = s.clients[client]
+    now_s, number = s.now_s, device.next_request
     out.uplink_backlog_bytes = 0.0
     for link in range(r.num_links):
         _read_link(w, r, s, out, client, link)
     for node in range(r.num_nodes):
-        out.is_up[node] = s.is_up[client, node]
-        is_known = s.heard_s[client, node] > -math.inf
-        out.node_age_s[node] = now_s - s.heard_s[client, node] if is_known else NEVER_S
-        out.load_factor[node] = s.known_k[client, node]
-        out.queue_delay_s[node] = s.known_q_s[client, node]
-        out.queue_length[node] = s.known_length[client, node]
-        out.utilisation_frac[node] = s.known_busy_frac[client, node]
+        out.is_up[node] = s.known[client, node].is_up
+        is_known = s.known[client, node].heard_s > -math.inf
+        out.node_age_s[node] = now_s - s.known[client, node].heard_s if is_known else NEVER_S
+        out.load_factor[node] = s.known[client, node].k
+        out.queue_delay_s[node] = s.known[client, node].q_s
+        out.queue_length[node] = s.known[client, node].length
+        out.utilisation_frac[node] = s.known[client, node].busy_frac
     out.is_up[0] = True
     out.load_factor[0], out.queue_delay_s[0], out.queue_length[0] = 1.0, 0.0, 0.0
     out.utilisation_frac[0], out.node_age_s[0] = math.nan, 0.0
@@ -78,10 +79,10 @@ def read_state(w: World, requests: Requests, r: Plans, s: Lane, out: State, clie
     out.request_rate_hz = request_rate_hz(requests, client, number)
     out.input_bytes = requests[client, number, INPUT]
     out.deadline_s = requests[client, number, DEADLINE]
-    count = s.error_count[client]
+    count = device.error_count
     for back in range(SAMPLES):
-        out.recent_errors[back] = s.errors[client, (count - 1 - back) % SAMPLES] if back < count else math.nan
-    out.current = s.in_force[client]
+        out.recent_errors[back] = device.errors[(count - 1 - back) % SAMPLES] if back < count else math.nan
+    out.current = device.in_force
 
 
 @compiled
@@ -89,7 +90,8 @@ def _read_link(w: World, r: Plans, s: Lane, out: State, client: int, link: int) 
     """Own links as of now, the others as their sender last told."""
     now_s, source = s.now_s, wide(r.link_source[link])
     server = server_of(r, client, link)
-    told_s = now_s if source == 0 else s.heard_s[client, source]
+    wire = s.servers[server]
+    told_s = now_s if source == 0 else s.known[client, source].heard_s
     newest = newest_told(w, s, server, told_s)
     known = num_told(s, server, newest)
     for at in range(SAMPLES):
@@ -101,14 +103,15 @@ def _read_link(w: World, r: Plans, s: Lane, out: State, client: int, link: int) 
     out.rtt_s[link] = rtt_at(w, r, client, link, max(told_s, 0.0)) if told_s > -math.inf else math.nan
     out.backlog_bytes[link] = 0.0
     out.rate_cap_bps[link] = math.inf
-    flying = s.link_slot[server] != -1
+    flying = wire.slot != -1
     if flying:
-        out.backlog_bytes[link] = s.link_bytes[server]
+        out.backlog_bytes[link] = wire.nbytes
         if source == 0:
-            elapsed_s = now_s - s.link_start_s[server]
-            out.rate_cap_bps[link] = s.link_bytes[server] * 8.0 / max(elapsed_s, 1e-9)
+            elapsed_s = now_s - wire.start_s
+            out.rate_cap_bps[link] = wire.nbytes * 8.0 / max(elapsed_s, 1e-9)
     for slot in range(s.top):
-        if s.is_active[slot] and s.place[slot] == LINK_QUEUE and s.server[slot] == server:
+        request = s.slots[slot]
+        if request.is_active and request.place == LINK_QUEUE and request.server == server:
             out.backlog_bytes[link] += hop_bytes(w, r, s, slot)
     if source == 0:
         out.uplink_backlog_bytes += out.backlog_bytes[link]
@@ -125,7 +128,7 @@ def request_rate_hz(requests: Requests, client: int, number: int) -> float:
 @compiled
 def newest_told(w: World, s: Lane, server: int, told_s: float) -> int:
     """Number of a link's newest sample by the instant at which its sender last told, -1 for none that is kept."""
-    count = s.meter_count[server]
+    count = s.servers[server].meter_count
     newest = count - 1
     while newest >= max(count - METER, 0) and w.meters.sample[server, newest & LAST_SAMPLE, MEASURED] > told_s:
         newest -= 1
@@ -135,21 +138,23 @@ def newest_told(w: World, s: Lane, server: int, told_s: float) -> int:
 @compiled
 def num_told(s: Lane, server: int, newest: int) -> int:
     """How many samples from that one back are kept, of those that estimators take."""
-    oldest = max(s.meter_count[server] - METER, 0)
+    oldest = max(s.servers[server].meter_count - METER, 0)
     return int(max(min(newest + 1 - oldest, SAMPLES), 0))
 
 
 @compiled
 def device_backlog_s(r: Plans, s: Lane, client: int) -> float:
     """Predicted seconds of everything that waits or runs on a device."""
+    device = s.clients[client]
     total = 0.0
-    if s.device_slot[client] >= 0:
-        total += max(s.device_predicted_end_s[client] - s.now_s, 0.0)
+    if device.device_slot >= 0:
+        total += max(device.device_predicted_end_s - s.now_s, 0.0)
     for slot in range(s.top):
-        if s.is_active[slot] and s.client[slot] == client:
-            if s.place[slot] == 1:  # DEVICE_QUEUE
-                total += r.idle_s[s.row[slot], 0]
-            if s.local[slot] == 2:
+        request = s.slots[slot]
+        if request.is_active and request.client == client:
+            if request.place == 1:  # DEVICE_QUEUE
+                total += r.rows[request.row].idle_s[0]
+            if request.local == 2:
                 total += remainder_s(r, s, slot)
     return total
 
@@ -157,7 +162,8 @@ def device_backlog_s(r: Plans, s: Lane, client: int) -> float:
 @compiled
 def remainder_s(r: Plans, s: Lane, slot: int) -> float:
     """Idle seconds that the device needs to answer a request by itself."""
-    own = r.idle_s[s.row[slot], 0] if s.is_stage_done[slot] else 0.0
+    request = s.slots[slot]
+    own = r.rows[request.row].idle_s[0] if request.is_stage_done else 0.0
     return float(max(r.local_s - own, 0.0))
 
 
@@ -176,18 +182,18 @@ def glance(w: World, requests: Requests, r: Plans, s: Lane, v: View, client: int
     _glance_backlogs(w, r, s, v, client)
     v.down = ZERO
     for node in range(r.num_nodes):
-        known_k, known_q, decay = s.known_k[client, node], s.known_q_s[client, node], 1.0
-        age_s = s.now_s - s.heard_s[client, node]
+        known_k, known_q, decay = s.known[client, node].k, s.known[client, node].q_s, 1.0
+        age_s = s.now_s - s.known[client, node].heard_s
         if age_s > _STALE_S:
             decay = math.exp((age_s - _STALE_S) * _LOAD_RATE)
         is_known = node > 0 and not math.isnan(known_k)
         v.k[node] = 1.0 + decay * (max(known_k, 1.0) - 1.0) if is_known else 1.0
         is_known = node > 0 and not math.isnan(known_q)
         v.q_s[node] = decay * max(known_q, 0.0) if is_known else 0.0
-        if node > 0 and not s.is_up[client, node]:
+        if node > 0 and not s.known[client, node].is_up:
             v.down |= 1 << node
     v.device_backlog_s = device_backlog_s(r, s, client)
-    v.input_bytes = requests[client, s.next_request[client], INPUT]
+    v.input_bytes = requests[client, s.clients[client].next_request, INPUT]
     if r.num_tiled > 0:
         _glance_tiles(w, r, s, v, client)
 
@@ -212,7 +218,8 @@ def _glance_tiles(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
 def _glance_link(w: World, r: Plans, s: Lane, v: View, client: int, link: int) -> None:
     """Rate and round trip of a link, NaN where nothing is known; `_complete` turns them into what a view holds."""
     source, server = wide(r.link_source[link]), server_of(r, client, link)
-    told_s = s.now_s if source == 0 else s.heard_s[client, source]
+    wire = s.servers[server]
+    told_s = s.now_s if source == 0 else s.known[client, source].heard_s
     v.s_per_byte[link] = v.half_rtt_s[link] = math.nan
     if told_s > -math.inf:
         v.half_rtt_s[link] = rtt_at(w, r, client, link, max(told_s, 0.0))
@@ -220,9 +227,9 @@ def _glance_link(w: World, r: Plans, s: Lane, v: View, client: int, link: int) -
         known = num_told(s, server, newest)
         if known > 0:
             bps = _tuned_bps(w, s, server, newest, known)
-            if source == 0 and s.link_slot[server] != -1:
-                flying_s = max(s.now_s - s.link_start_s[server], 1e-9)
-                bps = min(bps, s.link_bytes[server] * 8.0 / flying_s)
+            if source == 0 and wire.slot != -1:
+                flying_s = max(s.now_s - wire.start_s, 1e-9)
+                bps = min(bps, wire.nbytes * 8.0 / flying_s)
             v.s_per_byte[link] = max(bps, MIN_BANDWIDTH_BPS)
 
 
@@ -257,11 +264,13 @@ def _glance_backlogs(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
             v.s_per_byte[link] = 8.0 / v.s_per_byte[link]
             v.half_rtt_s[link] *= 0.5
             server = server_of(r, client, link)
-            v.backlog_bytes[link] = s.link_bytes[server] if s.link_slot[server] != -1 else 0.0
+            wire = s.servers[server]
+            v.backlog_bytes[link] = wire.nbytes if wire.slot != -1 else 0.0
     for slot in range(s.top):
-        if s.is_active[slot] and s.place[slot] == LINK_QUEUE:
-            link = s.server[slot] % LINKS
-            if s.server[slot] == server_of(r, client, link):
+        request = s.slots[slot]
+        if request.is_active and request.place == LINK_QUEUE:
+            link = request.server % LINKS
+            if request.server == server_of(r, client, link):
                 v.backlog_bytes[link] += hop_bytes(w, r, s, slot)
     v.uplink_backlog_bytes = 0.0
     for shown in range(SHOWN_LINKS):
@@ -275,7 +284,7 @@ def weigh(r: Plans, v: View) -> tuple[int, float]:
     """Choose as the planner does, and tell what it predicts of its choice."""
     best, best_down, best_s = 0, NODES + 1, math.inf
     for row in range(NUM_CANDIDATES):
-        if r.padding[row] == 1:
+        if r.rows[row].padding == 1:
             continue
         down = nodes_down(r, v, row)
         if down > best_down:
@@ -293,7 +302,7 @@ def nodes_down(r: Plans, v: View, row: int) -> int:
     `Candidates.penalty` counts links of tiles too of which nothing was told. Here their head is then down itself, and some
     plan without tiles needs fewer nodes that are: the device's own, or a single edge node's.
     """
-    both, down = r.needs[row] & v.down, 0
+    both, down = r.rows[row].needs & v.down, 0
     while both:
         both &= both - 1
         down += 1
@@ -303,42 +312,44 @@ def nodes_down(r: Plans, v: View, row: int) -> int:
 @compiled
 def predict(r: Plans, v: View, row: int) -> Parts:
     """Predict the latency of one plan as `runtime.planning.cost.predict` has it, in the order of its parts."""
-    device, edge, cloud = r.node[row, 0], r.node[row, 1], r.node[row, 2]
-    device_s = v.k[device] * r.idle_s[row, 0]
-    edge_s = v.k[edge] * r.idle_s[row, 1]
-    if r.num_peers[row] > 0:
+    plan = r.rows[row]
+    device, edge, cloud = plan.node[0], plan.node[1], plan.node[2]
+    device_s = v.k[device] * plan.idle_s[0]
+    edge_s = v.k[edge] * plan.idle_s[1]
+    if plan.num_peers > 0:
         edge_s += v.tiled_s[row]
-    cloud_s = v.k[cloud] * r.idle_s[row, 2]
-    queue_s = v.q_s[device] * r.has_layers[row, 0]
-    queue_s += v.q_s[edge] * r.has_layers[row, 1]
-    queue_s += v.q_s[cloud] * r.has_layers[row, 2]
-    wait_device_s = v.device_backlog_s * r.has_layers[row, 0]
+    cloud_s = v.k[cloud] * plan.idle_s[2]
+    queue_s = v.q_s[device] * plan.has_layers[0]
+    queue_s += v.q_s[edge] * plan.has_layers[1]
+    queue_s += v.q_s[cloud] * plan.has_layers[2]
+    wait_device_s = v.device_backlog_s * plan.has_layers[0]
     up_s, up_trip_s, up_codec_s, is_coded = _transfer(r, v, row, 0, False)
     on_s, on_trip_s, on_codec_s, is_coded = _transfer(r, v, row, 1, is_coded)
     back_s, back_trip_s, back_codec_s, is_coded = _transfer(r, v, row, 2, is_coded)
     down_s, down_trip_s, down_codec_s, is_coded = _transfer(r, v, row, 3, is_coded)
     trips_s = up_trip_s + on_trip_s + back_trip_s + down_trip_s
-    codec_s = r.plain_codec_s[row] + up_codec_s + on_codec_s + back_codec_s + down_codec_s
-    up, on = r.link[row, 0], r.link[row, 1]
+    codec_s = plan.plain_codec_s + up_codec_s + on_codec_s + back_codec_s + down_codec_s
+    up, on = plan.link[0], plan.link[1]
     wait_uplink_s = max(v.uplink_backlog_bytes * v.s_per_byte[up] - device_s, 0.0)
     wait_backbone_s = v.backlog_bytes[on] * v.s_per_byte[on]
-    wait_uplink_s = wait_uplink_s if r.has_hop[row, 0] != 0 else 0.0
-    wait_backbone_s = wait_backbone_s if r.has_hop[row, 1] != 0 else 0.0
+    wait_uplink_s = wait_uplink_s if plan.has_hop[0] != 0 else 0.0
+    wait_backbone_s = wait_backbone_s if plan.has_hop[1] != 0 else 0.0
     return (
         device_s, edge_s, cloud_s, up_s, on_s, back_s, down_s, trips_s, codec_s, wait_device_s, wait_uplink_s,
-        wait_backbone_s, queue_s, r.message_s[row],
+        wait_backbone_s, queue_s, plan.message_s,
     )  # fmt: skip
 
 
 @compiled
 def _transfer(r: Plans, v: View, row: int, hop: int, is_coded: bool) -> tuple[float, float, float, bool]:
     """Seconds on a link, of its half round trip and of the codec, and whether it is sent coded."""
+    plan = r.rows[row]
     # No branches: plans differ, so that every other one would be guessed wrong.
-    has_hop, link, coding_s = r.has_hop[row, hop] != 0, r.link[row, hop], r.coding_s[row, hop]
+    has_hop, link, coding_s = plan.has_hop[hop] != 0, plan.link[hop], plan.coding_s[hop]
     s_per_byte, half_rtt_s = v.s_per_byte[link], v.half_rtt_s[link]
-    saved_s = r.saved_bytes[row, hop] * s_per_byte
-    sent_s = (r.plain_bytes[row, hop] + r.has_input[row, hop] * v.input_bytes) * s_per_byte
-    chooses = has_hop & ((hop % 2 == 0) | (r.is_relayed[row] == 0))  # the head passes on what came in as it came
+    saved_s = plan.saved_bytes[hop] * s_per_byte
+    sent_s = (plan.plain_bytes[hop] + plan.has_input[hop] * v.input_bytes) * s_per_byte
+    chooses = has_hop & ((hop % 2 == 0) | (plan.is_relayed == 0))  # the head passes on what came in as it came
     is_coded = (chooses & (saved_s > coding_s)) | (is_coded & (not chooses))
     sent_s -= saved_s if is_coded else 0.0
     return (

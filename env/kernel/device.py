@@ -23,50 +23,55 @@ LOCAL_NONE, LOCAL_WANTED, LOCAL_QUEUED, LOCAL_RUNS = constants(4)
 @compiled
 def queue_stage(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Queue the device's share of a request."""
-    s.place[slot] = DEVICE_QUEUE
-    s.queued[slot] = next_sequence(s)
-    start_next(w, r, s, s.client[slot])
+    request = s.slots[slot]
+    request.place = DEVICE_QUEUE
+    request.queued = next_sequence(s)
+    start_next(w, r, s, request.client)
 
 
 @compiled
 def queue_completion(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Queue the rest of a request, ahead of new work."""
-    s.local[slot] = LOCAL_QUEUED
-    s.local_queued[slot] = next_sequence(s)
-    if s.place[slot] == DEVICE_QUEUE:
-        s.place[slot] = NOWHERE
-    start_next(w, r, s, s.client[slot])
-    watch(r, s, s.client[slot])
+    request = s.slots[slot]
+    request.local = LOCAL_QUEUED
+    request.local_queued = next_sequence(s)
+    if request.place == DEVICE_QUEUE:
+        request.place = NOWHERE
+    start_next(w, r, s, request.client)
+    watch(r, s, request.client)
 
 
 @compiled
 def start_next(w: World, r: Plans, s: Lane, client: int) -> None:
     """Start what comes first, when nothing runs."""
-    if s.device_slot[client] >= 0:
+    device = s.clients[client]
+    if device.device_slot >= 0:
         return
     slot, is_local = _pick(s, client)
+    request = s.slots[slot]
     if slot < 0:
         return
-    row, now_s = s.row[slot], s.now_s
-    idle_s = remainder_s(r, s, slot) if is_local else r.idle_s[row, 0]
+    row, now_s = request.row, s.now_s
+    plan = r.rows[row]
+    idle_s = remainder_s(r, s, slot) if is_local else plan.idle_s[0]
     cold_s = 0.0
     if is_local:
-        s.local[slot] = LOCAL_RUNS
+        request.local = LOCAL_RUNS
     else:
-        s.place[slot] = NOWHERE
-        if not s.is_warm[r.segment[row, 0]]:
-            s.is_warm[r.segment[row, 0]] = True
+        request.place = NOWHERE
+        if not s.is_warm[plan.segment[0]]:
+            s.is_warm[plan.segment[0]] = True
             cold_s = COLD_S + idle_s
-    noise = s.noise[slot, 0]
-    s.device_slot[client] = slot
-    s.device_is_local[client] = is_local
-    s.device_predicted_end_s[client] = now_s + idle_s
+    noise = request.noise[0]
+    device.device_slot = slot
+    device.device_is_local = is_local
+    device.device_predicted_end_s = now_s + idle_s
     push(
         s,
         now_s + (idle_s + cold_s) * noise * contention_at(w, ZERO, now_s),
         DEVICE,
         client,
-        s.device_version[client],
+        device.device_version,
     )
     watch(r, s, client)
 
@@ -75,39 +80,44 @@ def start_next(w: World, r: Plans, s: Lane, client: int) -> None:
 def _pick(s: Lane, client: int) -> tuple[int, bool]:
     best, best_local, best_queued = -1, False, np.int64(2**62)
     for slot in range(s.top):
-        if not s.is_active[slot] or s.client[slot] != client:
+        request = s.slots[slot]
+        if not request.is_active or request.client != client:
             continue
-        if s.local[slot] == LOCAL_QUEUED and (not best_local or s.local_queued[slot] < best_queued):
-            best, best_local, best_queued = slot, True, s.local_queued[slot]
-        elif s.place[slot] == DEVICE_QUEUE and not best_local and s.queued[slot] < best_queued:
-            best, best_queued = slot, s.queued[slot]
+        if request.local == LOCAL_QUEUED and (not best_local or request.local_queued < best_queued):
+            best, best_local, best_queued = slot, True, request.local_queued
+        elif request.place == DEVICE_QUEUE and not best_local and request.queued < best_queued:
+            best, best_queued = slot, request.queued
     return best, best_local
 
 
 @compiled
 def stop(s: Lane, client: int) -> None:
     """End what runs; its event no longer counts."""
-    s.device_slot[client] = -1
-    s.device_version[client] += 1
+    device = s.clients[client]
+    device.device_slot = -1
+    device.device_version += 1
 
 
 @compiled
 def guard_at_s(r: Plans, s: Lane, slot: int) -> float:
     """When the device must start to finish a request itself; inf when it is local or cannot be."""
-    if s.local[slot] != LOCAL_NONE or not has_remote(r, s, slot):
+    request = s.slots[slot]
+    if request.local != LOCAL_NONE or not has_remote(r, s, slot):
         return math.inf
     if math.isinf(r.local_s):
-        return float(s.deadline_at_s[slot])
-    client, now_s = s.client[slot], s.now_s
-    limit_s = s.deadline_at_s[slot] - s.arrived_s[slot]
-    at_s = s.deadline_at_s[slot] - PROTECTION_FACTOR * remainder_s(r, s, slot)
+        return float(request.deadline_at_s)
+    client, now_s = request.client, s.now_s
+    device = s.clients[client]
+    limit_s = request.deadline_at_s - request.arrived_s
+    at_s = request.deadline_at_s - PROTECTION_FACTOR * remainder_s(r, s, slot)
     at_s -= min(HAND_OVER_S, HAND_OVER_FRAC * limit_s)
     for other in range(s.top):
-        if s.is_active[other] and s.client[other] == client and s.local[other] == LOCAL_QUEUED:
+        sibling = s.slots[other]
+        if sibling.is_active and sibling.client == client and sibling.local == LOCAL_QUEUED:
             at_s -= remainder_s(r, s, other)
-    if s.device_slot[client] >= 0:
+    if device.device_slot >= 0:
         # While a piece runs its rest shrinks as the deadline comes nearer: it is late now, or not before its end.
-        end_s = s.device_predicted_end_s[client]
+        end_s = device.device_predicted_end_s
         if end_s > now_s and at_s <= end_s:
             return float(now_s)
     return float(max(at_s, now_s))
@@ -116,21 +126,23 @@ def guard_at_s(r: Plans, s: Lane, slot: int) -> float:
 @compiled
 def has_remote(r: Plans, s: Lane, slot: int) -> bool:
     """Tell whether a request's plan needs another node."""
-    return bool(r.has_hop[s.row[slot], 0] != 0)
+    return bool(r.rows[s.slots[slot].row].has_hop[0] != 0)
 
 
 @compiled
 def watch(r: Plans, s: Lane, client: int) -> None:
     """Look at all deadlines of a client again: its device has more to do than before."""
     for slot in range(s.top):
-        if s.is_active[slot] and s.client[slot] == client:
+        request = s.slots[slot]
+        if request.is_active and request.client == client:
             guard(r, s, slot)
 
 
 @compiled
 def guard(r: Plans, s: Lane, slot: int) -> None:
     """Put a request's deadline into the calendar, if it comes earlier than known."""
+    request = s.slots[slot]
     at_s = guard_at_s(r, s, slot)
-    if at_s < s.guard_s[slot]:
-        s.guard_s[slot] = at_s
+    if at_s < request.guard_s:
+        request.guard_s = at_s
         push(s, at_s, GUARD, slot, ZERO)

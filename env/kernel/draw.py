@@ -340,7 +340,7 @@ def _gap_s(
         weigh_spans(tiles, r, v)
     best, best_s = ZERO, math.inf
     for row in range(NUM_CANDIDATES):
-        if r.padding[row] == 0:
+        if r.rows[row].padding == 0:
             total_s = total(predict(r, v, row))
             if total_s < best_s:
                 best, best_s = row, total_s
@@ -353,16 +353,16 @@ def _bottleneck_s(r: Plans, v: View, plan: int, busy: Array, num_clients: int) -
     """Longest time that one request of every client holds any server under a plan."""
     longest_s = 0.0
     for tier in range(3):
-        node = r.node[plan, tier]
-        compute_s = r.idle_s[plan, tier] * v.k[node]
-        if tier == 1 and r.num_peers[plan] > 0:
+        node = r.rows[plan].node[tier]
+        compute_s = r.rows[plan].idle_s[tier] * v.k[node]
+        if tier == 1 and r.rows[plan].num_peers > 0:
             compute_s += v.tiled_s[plan]
         compute_s /= 1.0 - busy[node]
         longest_s = max(longest_s, compute_s if tier == 0 else compute_s * num_clients)
     for hop in range(4):
-        if r.has_hop[plan, hop] != 0:
-            link = r.link[plan, hop]
-            nbytes = r.plain_bytes[plan, hop] + r.has_input[plan, hop] * v.input_bytes
+        if r.rows[plan].has_hop[hop] != 0:
+            link = r.rows[plan].link[hop]
+            nbytes = r.rows[plan].plain_bytes[hop] + r.rows[plan].has_input[hop] * v.input_bytes
             # A message holds its link until it is acknowledged.
             transfer_s = nbytes * v.s_per_byte[link] + 2.0 * v.half_rtt_s[link]
             longest_s = max(longest_s, transfer_s * num_clients if hop == 1 or hop == 2 else transfer_s)

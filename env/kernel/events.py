@@ -16,16 +16,16 @@ def push(s: Lane, at_s: float, kind: int, what: int, version: int) -> None:
     if count == EVENTS:
         count = _compact(s)
     at = count
-    while at > 0 and s.event_s[at - 1] <= at_s:
-        s.event_s[at] = s.event_s[at - 1]
-        s.event_kind[at] = s.event_kind[at - 1]
-        s.event_id[at] = s.event_id[at - 1]
-        s.event_version[at] = s.event_version[at - 1]
+    while at > 0 and s.events[at - 1].at_s <= at_s:
+        s.events[at].at_s = s.events[at - 1].at_s
+        s.events[at].kind = s.events[at - 1].kind
+        s.events[at].what = s.events[at - 1].what
+        s.events[at].version = s.events[at - 1].version
         at -= 1
-    s.event_s[at] = at_s
-    s.event_kind[at] = kind
-    s.event_id[at] = what
-    s.event_version[at] = version
+    s.events[at].at_s = at_s
+    s.events[at].kind = kind
+    s.events[at].what = what
+    s.events[at].version = version
     s.event_count = count + 1
 
 
@@ -34,10 +34,10 @@ def _compact(s: Lane) -> int:
     kept = 0
     for at in range(s.event_count):
         if is_current(s, at):
-            s.event_s[kept] = s.event_s[at]
-            s.event_kind[kept] = s.event_kind[at]
-            s.event_id[kept] = s.event_id[at]
-            s.event_version[kept] = s.event_version[at]
+            s.events[kept].at_s = s.events[at].at_s
+            s.events[kept].kind = s.events[at].kind
+            s.events[kept].what = s.events[at].what
+            s.events[kept].version = s.events[at].version
             kept += 1
     return kept
 
@@ -45,17 +45,17 @@ def _compact(s: Lane) -> int:
 @compiled
 def is_current(s: Lane, at: int) -> bool:
     """Tell whether an event still means anything."""
-    kind, what, version = s.event_kind[at], s.event_id[at], s.event_version[at]
+    kind, what, version = s.events[at].kind, s.events[at].what, s.events[at].version
     if kind == DEVICE:
-        return bool(s.device_version[what] == version)
+        return bool(s.clients[what].device_version == version)
     if kind == DELAY:
-        return bool(s.version[what] == version)
+        return bool(s.slots[what].version == version)
     if kind == LINK:
-        return bool(s.link_version[what] == version)
+        return bool(s.servers[what].version == version)
     if kind == NODE:
-        return bool(s.node_version[what] == version)
+        return bool(s.nodes[what].version == version)
     if kind == GUARD:
-        return bool(s.is_active[what] and s.guard_s[what] == s.event_s[at])
+        return bool(s.slots[what].is_active and s.slots[what].guard_s == s.events[at].at_s)
     return True
 
 
@@ -66,8 +66,8 @@ def take_next(s: Lane) -> tuple[int, int]:
         at = s.event_count - 1
         s.event_count = at
         if is_current(s, at):
-            s.now_s = s.event_s[at]
-            return s.event_kind[at], s.event_id[at]
+            s.now_s = s.events[at].at_s
+            return s.events[at].kind, s.events[at].what
 
 
 @compiled

@@ -39,7 +39,7 @@ def tick(w: World, r: Plans, s: Lane) -> None:
     s.tick_count += 1
     for client in range(r.num_clients):
         for node in range(1, r.num_nodes):
-            if s.is_up[client, node] and now_s - s.heard_s[client, node] >= LOST_AFTER_S:
+            if s.known[client, node].is_up and now_s - s.known[client, node].heard_s >= LOST_AFTER_S:
                 _lose(w, r, s, client, node)
         _probe_links(w, r, s, client)
     push(s, now_s + STATUS_S, TICK, ZERO, ZERO)
@@ -53,43 +53,46 @@ def _hear(
     link = wide(r.back_link[node])
     if links.rate_at(w, r, client, link, s.now_s) <= FLOOR_BPS:
         return
-    s.heard_s[client, node] = max(s.now_s - links.rtt_at(w, r, client, link, s.now_s) / 2.0, 0.0)
-    s.known_k[client, node], s.known_q_s[client, node] = k, q_s
-    s.known_length[client, node], s.known_busy_frac[client, node] = length, busy
-    if not s.is_up[client, node]:
-        s.is_up[client, node] = True
+    s.known[client, node].heard_s = max(s.now_s - links.rtt_at(w, r, client, link, s.now_s) / 2.0, 0.0)
+    s.known[client, node].k, s.known[client, node].q_s = k, q_s
+    s.known[client, node].length, s.known[client, node].busy_frac = length, busy
+    if not s.known[client, node].is_up:
+        s.known[client, node].is_up = True
         answered(s, client, node)
 
 
 @compiled
 def hear_reply(w: World, r: Plans, s: Lane, slot: int) -> None:
     """An answer tells the load of the nodes it passed."""
-    client, row, now_s = s.client[slot], s.row[slot], s.now_s
-    said_s = now_s - links.rtt_at(w, r, client, wide(r.link[row, 3]), now_s) / 2.0
+    request = s.slots[slot]
+    client, row, now_s = request.client, request.row, s.now_s
+    plan = r.rows[row]
+    said_s = now_s - links.rtt_at(w, r, client, wide(plan.link[3]), now_s) / 2.0
     for tier in (1, 2):
-        node = wide(r.node[row, tier])
-        if node > 0 and r.has_layers[row, tier] > 0.0 and said_s > s.heard_s[client, node]:
-            s.heard_s[client, node] = said_s
-            s.known_k[client, node] = nodes.load_factor(s, node, said_s)
-            s.known_q_s[client, node] = nodes.queue_delay_s(s, node, said_s)
-            s.known_length[client, node] = nodes.queue_length(w, r, s, node, now_s)
+        node = wide(plan.node[tier])
+        if node > 0 and plan.has_layers[tier] > 0.0 and said_s > s.known[client, node].heard_s:
+            s.known[client, node].heard_s = said_s
+            s.known[client, node].k = nodes.load_factor(s, node, said_s)
+            s.known[client, node].q_s = nodes.queue_delay_s(s, node, said_s)
+            s.known[client, node].length = nodes.queue_length(w, r, s, node, now_s)
 
 
 @compiled
 def _lose(w: World, r: Plans, s: Lane, client: int, node: int) -> None:
     """A node has been silent too long: its connection is dropped with all that waits for it."""
-    s.is_up[client, node] = False
+    s.known[client, node].is_up = False
     lost(s, client, node)
     for slot in range(s.top):
-        if s.is_active[slot] and s.client[slot] == client and s.is_remote[slot]:
-            if s.target[slot] == node:
+        request = s.slots[slot]
+        if request.is_active and request.client == client and request.is_remote:
+            if request.target == node:
                 withdraw(w, r, s, slot)
-                s.version[slot] += 1
+                request.version += 1
                 finish_here(w, r, s, slot)
     for link in range(r.num_links):
         if r.link_source[link] == 0 and r.link_target[link] == node:
             server = links.server_of(r, client, link)
-            if s.link_slot[server] == links.PROBE:
+            if s.servers[server].slot == links.PROBE:
                 links.free(w, r, s, server)
 
 
@@ -98,14 +101,15 @@ def _probe_links(w: World, r: Plans, s: Lane, client: int) -> None:
     now_s = s.now_s
     for link in range(r.num_links):
         server = links.server_of(r, client, link)
-        if server // LINKS != client or s.link_slot[server] != -1:
+        wire = s.servers[server]
+        if server // LINKS != client or wire.slot != -1:
             continue
-        count = s.meter_count[server]
-        if count > 0 and now_s - s.measured_s[server] < PROBE_AFTER_S:
+        count = wire.meter_count
+        if count > 0 and now_s - wire.measured_s < PROBE_AFTER_S:
             continue
         end = max(r.link_source[link], r.link_target[link])
         device_link = r.link_source[link] == 0 or r.link_target[link] == 0
-        if device_link and not s.is_up[client, end]:
+        if device_link and not s.known[client, end].is_up:
             continue
         nbytes = FIRST_PROBE_BYTES
         if count > 0:

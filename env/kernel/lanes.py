@@ -26,11 +26,18 @@ Array = Any
 def blank_lane() -> Lane:
     """A lane before anything has happened, in an array."""
     lane = make_records(LANE, 1)
-    for name in ("device_slot", "link_slot", "node_slot", "in_force", "parent"):
-        lane[name] = -1
-    for name in ("known_k", "known_q_s", "known_busy_frac"):
-        lane[name] = math.nan
-    lane["heard_s"], lane["retry_s"], lane["cool_down_s"] = -math.inf, math.inf, COOL_DOWN_S
+    for records, name in (
+        ("clients", "device_slot"),
+        ("clients", "in_force"),
+        ("servers", "slot"),
+        ("nodes", "slot"),
+        ("slots", "parent"),
+    ):
+        lane[records][name] = -1
+    for name in ("k", "q_s", "busy_frac"):
+        lane["known"][name] = math.nan
+    lane["known"]["heard_s"], lane["known"]["retry_s"], lane["known"]["cool_down_s"] = -math.inf, math.inf, COOL_DOWN_S
+    lane["predicted_total_s"] = math.inf
     return lane
 
 
@@ -49,7 +56,7 @@ def copy(w: Worlds, r: Plans, lanes: Array, b: int, to: int) -> None:
     """Copy a lane as it stands, but not what became of its requests."""
     lanes[to] = lanes[b]
     for server in range(r.num_clients * LINKS):
-        for at in range(min(lanes[b].meter_count[server], METER)):
+        for at in range(min(lanes[b].servers[server].meter_count, METER)):
             for column in range(METER_COLUMNS):
                 w.meters[to].sample[server, at, column] = w.meters[b].sample[server, at, column]
 

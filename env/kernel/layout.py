@@ -132,78 +132,113 @@ def _fields(kind: Any, names: str, *shape: int) -> _Table:
     return [(name, kind, shape) if shape else (name, kind) for name in names.split()]
 
 
+ROW = np.dtype(
+    _fields(_S, "padding")  # 0 a candidate, 1 no plan, 2 a plan that is no candidate
+    + _fields(_B, "needs is_relayed")  # the first: a bit per node
+    + _fields(_S, "num_peers")  # nodes that run tiles for the head
+    + _fields(_S, "node", 3)
+    + _fields(_S, "link", 4)
+    + _fields(_B, "has_layers", 3)
+    + _fields(_B, "has_hop has_input", 4)
+    + _fields(_H, "segment", 3)
+    + _fields(_F, "idle_s", 3)
+    + _fields(_F, "plain_bytes saved_bytes coding_s", 4)
+    + _fields(_F, "plain_codec_s message_s")
+    + _fields(_L, "first_tile num_tiles"),
+    align=True,
+)
+"""A plan (`runtime.planning.rows.PlanCosts`)."""
+
 PLANS = np.dtype(
-    _fields(_S, "padding", ROWS)  # 0 a candidate, 1 no plan, 2 a plan that is no candidate
-    + _fields(_S, "node", ROWS, 3)
-    + _fields(_S, "link", ROWS, 4)
-    + _fields(_B, "has_layers", ROWS, 3)
-    + _fields(_B, "has_hop has_input", ROWS, 4)
-    + _fields(_B, "is_relayed needs", ROWS)  # a bit per node
-    + _fields(_H, "segment", ROWS, 3)
-    + _fields(_F, "idle_s", ROWS, 3)
-    + _fields(_F, "plain_bytes saved_bytes coding_s", ROWS, 4)
-    + _fields(_F, "plain_codec_s message_s", ROWS)
+    _fields(ROW, "rows", ROWS)
     + _fields(_S, "link_source link_target reverse path", LINKS)
     + _fields(_S, "back_link", NODES)  # from a node to the device
     + _fields(_F, "scale", LINKS)
-    + _fields(_I, "num_links num_nodes num_clients num_requests num_tiled")  # the last: rows that have tiles
+    + _fields(_I, "num_links num_nodes num_clients num_requests")
+    + _fields(_I, "num_rows num_tiled")  # rows that are looked at, and how many of them have tiles
     + _fields(_I, "shift", CLIENTS)
     + _fields(_I, "bg_count", NODES)
     + _fields(_F, "local_s")  # whole model on the device; inf where it has none
     # What is shown to a policy (`runtime.planning.features.Slots`).
     + _fields(_S, "shown_node", SHOWN_NODES)
     + _fields(_S, "shown_link", SHOWN_LINKS)
-    + _fields(_F, "reference_s reference_bytes")
-    # Last what most plans have none of.
-    + _fields(_S, "num_peers", ROWS)  # nodes that run tiles for the head
-    + _fields(_L, "first_tile num_tiles", ROWS),
+    + _fields(_F, "reference_s reference_bytes"),
     align=True,
 )
-"""Plans of a lane (`runtime.planning.rows.PlanCosts`), and what else stands still during an episode."""
+"""Plans of a lane, and what else stands still during an episode."""
+
+EVENT = np.dtype(_fields(_F, "at_s") + _fields(_I, "kind what version"), align=True)
+"""What comes: when, what, of what, and of which version of it."""
+
+SLOT = np.dtype(
+    _fields(_B, "is_active is_coded is_stage_done is_remote is_span_open")
+    # Who asked, where the remote part is, how far a local completion is.
+    + _fields(_I, "client place server queued local row hop todo version target number local_queued")
+    + _fields(_F, "guard_s deadline_at_s arrived_s predicted_s queued_s input_bytes")
+    + _fields(_F, "noise", 3)  # factor on the service time of each tier
+    # In tiles: the next of the plan's, those that are out, what is left to the head. Tiles that are out have a slot
+    # each: of which request, and which tile.
+    + _fields(_L, "parent tile num_out")
+    + _fields(_F, "left_s scattered_s crossing_s"),
+    align=True,
+)
+"""A request under way, or a tile that is out."""
+
+ENDING = np.dtype(_fields(_I, "number outcome") + _fields(_F, "latency_s"), align=True)
+"""A request that has ended."""
+
+CLIENT = np.dtype(
+    _fields(_I, "next_request device_slot device_version in_force error_count")
+    + _fields(_B, "device_is_local")
+    + _fields(_F, "device_predicted_end_s")
+    + _fields(_F, "errors", SAMPLES),
+    align=True,
+)
+"""A client and its device."""
+
+SERVER = np.dtype(
+    _fields(_I, "slot version meter_count")  # in flight: -1 nothing, -2 a probe
+    + _fields(_F, "start_s nbytes measured_s"),  # the last: of the newest sample
+    align=True,
+)
+"""A link, with what its sender measured."""
+
+NODE = np.dtype(
+    # The request that runs, when all that has started is done, background requests taken in, jobs started, service of
+    # all started; and the same as of the last `nodes._save`.
+    _fields(_I, "slot version bg jobs saved_bg saved_jobs") + _fields(_F, "free_s busy_s saved_free_s saved_busy_s"),
+    align=True,
+)
+
+JOB = np.dtype(_fields(_F, "start_s wait_s end_s ratio"), align=True)
+"""A request that a node has started, background included; `ratio` is what it took over its idle time."""
+
+KNOWN = np.dtype(
+    _fields(_B, "is_up")
+    + _fields(_F, "heard_s k q_s length busy_frac cool_down_s retry_s")
+    + _fields(_I, "breaker failures"),  # 0 closed, 1 open, 2 half open
+    align=True,
+)
+"""What a device knows of a node, and its breaker."""
 
 LANE = np.dtype(
     _fields(_F, "now_s")
-    + _fields(_I, "sequence event_count tick_count ended_count top")  # no slot from top on is active
-    + _fields(_F, "event_s", EVENTS)
-    + _fields(_I, "event_kind event_id event_version", EVENTS)
-    # Requests under way: who asked, where the remote part is, how far a local completion is.
-    + _fields(_B, "is_active is_coded is_stage_done is_remote", SLOTS)
-    + _fields(_I, "client number row place server queued hop todo version target local local_queued", SLOTS)
-    + _fields(_F, "arrived_s deadline_at_s predicted_s queued_s guard_s input_bytes", SLOTS)
-    + _fields(_F, "noise", SLOTS, 3)  # factor on the service time of each tier
-    # Requests of client 0 that have ended since its last arrival.
-    + _fields(_I, "ended outcome", ENDED)
-    + _fields(_F, "latency_s", ENDED)
-    # Devices.
-    + _fields(_I, "next_request device_slot device_version in_force error_count", CLIENTS)
-    + _fields(_B, "device_is_local", CLIENTS)
-    + _fields(_F, "device_predicted_end_s", CLIENTS)
-    + _fields(_F, "errors", CLIENTS, SAMPLES)
-    # Links: what is in flight (-1 nothing, -2 a probe), and what their senders measured.
-    + _fields(_I, "link_slot link_version meter_count", SERVERS)
-    + _fields(_F, "link_start_s link_bytes measured_s", SERVERS)  # the last: of the newest sample
-    # Nodes: the request that runs, when all that has started is done, background requests taken in, jobs started,
-    # service of all started; and the same as of the last `nodes._save`.
-    + _fields(_I, "node_slot node_version node_bg node_jobs saved_bg saved_jobs", NODES)
-    + _fields(_F, "node_free_s node_busy_s saved_free_s saved_busy_s", NODES)
-    + _fields(_F, "ring_start_s ring_wait_s ring_end_s ring_ratio", NODES, RING)
-    + _fields(_F, "tick_busy_s", NODES, TICKS)
-    # What each device knows of the nodes, and its breakers (0 closed, 1 open, 2 half open).
-    + _fields(_F, "heard_s known_k known_q_s known_length known_busy_frac cool_down_s retry_s", CLIENTS, NODES)
-    + _fields(_I, "breaker failures", CLIENTS, NODES)
-    + _fields(_B, "is_up", CLIENTS, NODES)
+    + _fields(_I, "sequence event_count tick_count ended_count top turn")  # no slot from top on is active
     + _fields(_B, "is_over is_asking")  # the second: others than client 0 are not decided for by the planner
-    + _fields(_I, "turn")  # client whose request is at hand
+    + _fields(CLIENT, "clients", CLIENTS)
+    + _fields(KNOWN, "known", CLIENTS, NODES)
+    + _fields(NODE, "nodes", NODES)
+    + _fields(EVENT, "events", EVENTS)
+    + _fields(SLOT, "slots", SLOTS)
+    + _fields(SERVER, "servers", SERVERS)
+    + _fields(ENDING, "ended", ENDED)  # of client 0, since its last arrival
+    + _fields(JOB, "jobs", NODES, RING)  # the last ones
+    + _fields(_F, "tick_busy_s", NODES, TICKS)
     + _fields(_B, "is_warm", 3 * ROWS)
-    + _fields(_F, "predicted_total_s", ROWS)  # by the planner, of the request at hand
-    # Requests in tiles: the next of the plan's, those that are out, what is left to the head. Tiles that are out have a
-    # slot each: of which request, and which tile.
-    + _fields(_B, "is_span_open", SLOTS)
-    + _fields(_L, "parent tile num_out", SLOTS)
-    + _fields(_F, "left_s scattered_s crossing_s", SLOTS),
+    + _fields(_F, "predicted_total_s", ROWS),  # by the planner, of the request at hand
     align=True,
 )
-"""Everything that changes during an episode."""
+"""Everything that changes during an episode; `turn` is the client whose request is at hand."""
 
 COURSE = np.dtype(
     _fields(_F, "grid", GRID_ROWS, STEPS)

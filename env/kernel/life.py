@@ -41,27 +41,29 @@ _CLOSED, _OPEN, _HALF_OPEN = range(3)
 @compiled
 def submit(w: World, requests: Requests, r: Plans, s: Lane, client: int, row: int, predicted_s: float) -> None:
     """Start a client's next request under a plan, at the instant of its arrival."""
-    number = s.next_request[client]
-    s.next_request[client] += 1
-    if s.next_request[client] < r.num_requests:
+    device = s.clients[client]
+    number = device.next_request
+    device.next_request += 1
+    if device.next_request < r.num_requests:
         push(s, requests[client, number + 1, ARRIVES], ARRIVAL, client, ZERO)
     slot = links.free_slot(s)
+    request = s.slots[slot]
     if slot < 0:
         _record(s, client, number, math.inf, FAILED)
         return
-    s.is_active[slot] = True
-    s.client[slot], s.number[slot], s.row[slot] = client, number, row
-    s.arrived_s[slot] = s.now_s
-    s.deadline_at_s[slot] = s.now_s + requests[client, number, DEADLINE]
-    s.input_bytes[slot] = requests[client, number, INPUT]
+    request.is_active = True
+    request.client, request.number, request.row = client, number, row
+    request.arrived_s = s.now_s
+    request.deadline_at_s = s.now_s + requests[client, number, DEADLINE]
+    request.input_bytes = requests[client, number, INPUT]
     for tier in range(3):
-        s.noise[slot, tier] = requests[client, number, NOISE + tier]
-    s.predicted_s[slot] = predicted_s
-    s.place[slot], s.hop[slot] = NOWHERE, 0
-    s.version[slot] += 1
-    s.is_coded[slot], s.is_stage_done[slot], s.is_remote[slot] = False, False, False
-    s.target[slot], s.local[slot], s.guard_s[slot] = -1, LOCAL_NONE, math.inf
-    if r.has_layers[row, 0] > 0.0:
+        request.noise[tier] = requests[client, number, NOISE + tier]
+    request.predicted_s = predicted_s
+    request.place, request.hop = NOWHERE, 0
+    request.version += 1
+    request.is_coded, request.is_stage_done, request.is_remote = False, False, False
+    request.target, request.local, request.guard_s = -1, LOCAL_NONE, math.inf
+    if r.rows[row].has_layers[0] > 0.0:
         dev.queue_stage(w, r, s, slot)
         dev.guard(r, s, slot)
     else:
@@ -72,10 +74,11 @@ def submit(w: World, requests: Requests, r: Plans, s: Lane, client: int, row: in
 @compiled
 def stage_done(w: World, r: Plans, s: Lane, slot: int) -> None:
     """The device's share is done: on to the first node, or that was all."""
-    s.is_stage_done[slot] = True
+    request = s.slots[slot]
+    request.is_stage_done = True
     if not dev.has_remote(r, s, slot):
         end(w, r, s, slot, ON_DEVICE)
-    elif s.local[slot] == LOCAL_WANTED:
+    elif request.local == LOCAL_WANTED:
         dev.queue_completion(w, r, s, slot)
     else:
         _send(w, r, s, slot)
@@ -83,41 +86,47 @@ def stage_done(w: World, r: Plans, s: Lane, slot: int) -> None:
 
 @compiled
 def _send(w: World, r: Plans, s: Lane, slot: int) -> None:
-    client, row = s.client[slot], s.row[slot]
-    node = wide(r.link_target[r.link[row, 0]])
-    s.target[slot] = node
-    if not s.is_up[client, node] or not _admits(s, client, node):
+    request = s.slots[slot]
+    client, row = request.client, request.row
+    plan = r.rows[row]
+    node = wide(r.link_target[plan.link[0]])
+    request.target = node
+    if not s.known[client, node].is_up or not _admits(s, client, node):
         finish_here(w, r, s, slot)
         return
-    s.is_remote[slot] = True
-    s.hop[slot] = 0
-    encode(w, r, s, slot, r.plain_codec_s[row])
+    request.is_remote = True
+    request.hop = 0
+    encode(w, r, s, slot, plan.plain_codec_s)
 
 
 @compiled
 def encode(w: World, r: Plans, s: Lane, slot: int, extra_s: float) -> None:
     """Choose the codec of the present transfer by its sender's newest sample, then send."""
-    row, hop, client = s.row[slot], s.hop[slot], s.client[slot]
-    if hop % 2 == 0 or r.is_relayed[row] == 0:
-        link = wide(r.link[row, hop])
+    request = s.slots[slot]
+    row, hop, client = request.row, request.hop, request.client
+    plan = r.rows[row]
+    if hop % 2 == 0 or plan.is_relayed == 0:
+        link = wide(plan.link[hop])
         bps = links.newest_bps(w, s, links.server_of(r, client, link))
-        saved_s = 0.0 if math.isnan(bps) else r.saved_bytes[row, hop] * 8.0 / bps
-        s.is_coded[slot] = saved_s > r.coding_s[row, hop]
-    delay_s = extra_s + (r.coding_s[row, hop] if s.is_coded[slot] else 0.0)
+        saved_s = 0.0 if math.isnan(bps) else plan.saved_bytes[hop] * 8.0 / bps
+        request.is_coded = saved_s > plan.coding_s[hop]
+    delay_s = extra_s + (plan.coding_s[hop] if request.is_coded else 0.0)
     links.delay(s, slot, delay_s, DO_SEND)
 
 
 @compiled
 def finish_here(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Finish a request on the device; a node that still has it may answer first."""
-    if s.local[slot] != LOCAL_NONE:
+    request = s.slots[slot]
+    if request.local != LOCAL_NONE:
         return
     if math.isinf(r.local_s):
         return  # nothing to do but wait for the deadline
-    client = s.client[slot]
-    is_stage_running = s.device_slot[client] == slot and not s.device_is_local[client]
-    if is_stage_running and not s.is_stage_done[slot]:
-        s.local[slot] = LOCAL_WANTED
+    client = request.client
+    device = s.clients[client]
+    is_stage_running = device.device_slot == slot and not device.device_is_local
+    if is_stage_running and not request.is_stage_done:
+        request.local = LOCAL_WANTED
     else:
         dev.queue_completion(w, r, s, slot)
 
@@ -128,23 +137,25 @@ def finish_here(w: World, r: Plans, s: Lane, slot: int) -> None:
 @compiled
 def end(w: World, r: Plans, s: Lane, slot: int, outcome: int) -> None:
     """A request has its answer, or will have none."""
-    client = s.client[slot]
-    latency_s = s.now_s - s.arrived_s[slot]
+    request = s.slots[slot]
+    client = request.client
+    device = s.clients[client]
+    latency_s = s.now_s - request.arrived_s
     if outcome == FAILED:
         latency_s = math.inf
     else:
-        at = s.error_count[client] % SAMPLES
-        s.errors[client, at] = latency_s / s.predicted_s[slot] - 1.0
-        s.error_count[client] += 1
-        s.in_force[client] = s.row[slot]
-    if outcome != REMOTE and s.is_remote[slot]:
-        _unanswered(s, client, s.target[slot])
+        at = device.error_count % SAMPLES
+        device.errors[at] = latency_s / request.predicted_s - 1.0
+        device.error_count += 1
+        device.in_force = request.row
+    if outcome != REMOTE and request.is_remote:
+        _unanswered(s, client, request.target)
         withdraw(w, r, s, slot)
-    if s.device_slot[client] == slot:  # the answer came while the device was at it too
+    if device.device_slot == slot:  # the answer came while the device was at it too
         dev.stop(s, client)
-    s.local[slot] = LOCAL_NONE
+    request.local = LOCAL_NONE
     links.release(s, slot)
-    _record(s, client, s.number[slot], latency_s, outcome)
+    _record(s, client, request.number, latency_s, outcome)
     dev.start_next(w, r, s, client)
 
 
@@ -152,23 +163,24 @@ def end(w: World, r: Plans, s: Lane, slot: int, outcome: int) -> None:
 def _record(s: Lane, client: int, number: int, latency_s: float, outcome: int) -> None:
     if client != 0:
         return
-    at = s.ended_count
-    s.ended[at], s.latency_s[at], s.outcome[at] = number, latency_s, outcome
-    s.ended_count = at + 1
+    ending = s.ended[s.ended_count]
+    ending.number, ending.latency_s, ending.outcome = number, latency_s, outcome
+    s.ended_count += 1
 
 
 @compiled
 def withdraw(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Take the remote part from wherever it is. An upload under way is cut off; what nodes send each other is not."""
-    place, server = s.place[slot], s.server[slot]
-    s.place[slot] = NOWHERE
-    s.is_remote[slot] = False
-    if r.num_peers[s.row[slot]] > 0:
+    request = s.slots[slot]
+    place, server = request.place, request.server
+    request.place = NOWHERE
+    request.is_remote = False
+    if r.rows[request.row].num_peers > 0:
         tiles.recall(w, r, s, slot)
     if place == NODE_QUEUE or place == NODE_RUN or place == NODE_READY:
-        s.place[slot] = place
+        request.place = place
         nodes.give_up(w, r, s, slot)
-    elif place == LINK_FLIGHT and s.hop[slot] == 0 and s.link_slot[server] == slot:
+    elif place == LINK_FLIGHT and request.hop == 0 and s.servers[server].slot == slot:
         links.free(w, r, s, server)
 
 
@@ -177,31 +189,31 @@ def withdraw(w: World, r: Plans, s: Lane, slot: int) -> None:
 
 @compiled
 def _admits(s: Lane, client: int, node: int) -> bool:
-    if s.breaker[client, node] == _OPEN and s.now_s >= s.retry_s[client, node]:
-        s.breaker[client, node] = _HALF_OPEN
+    if s.known[client, node].breaker == _OPEN and s.now_s >= s.known[client, node].retry_s:
+        s.known[client, node].breaker = _HALF_OPEN
         return True
-    return bool(s.breaker[client, node] == _CLOSED)
+    return bool(s.known[client, node].breaker == _CLOSED)
 
 
 @compiled
 def answered(s: Lane, client: int, node: int) -> None:
     """A node has answered, be it with *busy*: its breaker is closed."""
-    s.breaker[client, node], s.failures[client, node] = _CLOSED, 0
-    s.cool_down_s[client, node] = COOL_DOWN_S
+    s.known[client, node].breaker, s.known[client, node].failures = _CLOSED, 0
+    s.known[client, node].cool_down_s = COOL_DOWN_S
 
 
 @compiled
 def _unanswered(s: Lane, client: int, node: int) -> None:
-    s.failures[client, node] += 1
-    if s.breaker[client, node] == _HALF_OPEN:
-        s.cool_down_s[client, node] = min(2.0 * s.cool_down_s[client, node], COOL_DOWN_MAX_S)
-    elif s.breaker[client, node] == _OPEN or s.failures[client, node] < FAILURES_TO_OPEN:
+    s.known[client, node].failures += 1
+    if s.known[client, node].breaker == _HALF_OPEN:
+        s.known[client, node].cool_down_s = min(2.0 * s.known[client, node].cool_down_s, COOL_DOWN_MAX_S)
+    elif s.known[client, node].breaker == _OPEN or s.known[client, node].failures < FAILURES_TO_OPEN:
         return
-    s.breaker[client, node] = _OPEN
-    s.retry_s[client, node] = s.now_s + s.cool_down_s[client, node]
+    s.known[client, node].breaker = _OPEN
+    s.known[client, node].retry_s = s.now_s + s.known[client, node].cool_down_s
 
 
 @compiled
 def lost(s: Lane, client: int, node: int) -> None:
     """The link is gone: nothing but hearing from the node helps."""
-    s.breaker[client, node], s.retry_s[client, node] = _OPEN, math.inf
+    s.known[client, node].breaker, s.known[client, node].retry_s = _OPEN, math.inf

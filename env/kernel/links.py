@@ -57,7 +57,7 @@ _MIN_TRANSFER_S = 1e-6
 def free_slot(s: Lane) -> int:
     """A slot that no request has, -1 for none."""
     for slot in range(SLOTS):
-        if not s.is_active[slot]:
+        if not s.slots[slot].is_active:
             s.top = max(s.top, slot + 1)
             return slot
     return -1
@@ -66,18 +66,20 @@ def free_slot(s: Lane) -> int:
 @compiled
 def release(s: Lane, slot: int) -> None:
     """Leave a slot; what was to come of it no longer counts."""
-    s.is_active[slot] = False
-    s.version[slot] += 1
-    while s.top > 0 and not s.is_active[s.top - 1]:
+    request = s.slots[slot]
+    request.is_active = False
+    request.version += 1
+    while s.top > 0 and not s.slots[s.top - 1].is_active:
         s.top -= 1
 
 
 @compiled
 def delay(s: Lane, slot: int, delay_s: float, todo: int) -> None:
     """Let a request wait, and say what to do then."""
-    s.place[slot] = DELAYED
-    s.todo[slot] = todo
-    push(s, s.now_s + delay_s, DELAY, slot, s.version[slot])
+    request = s.slots[slot]
+    request.place = DELAYED
+    request.todo = todo
+    push(s, s.now_s + delay_s, DELAY, slot, request.version)
 
 
 @compiled
@@ -136,29 +138,30 @@ def is_broken(w: World, r: Plans, client: int, link: int, at_s: float) -> bool:
 @compiled
 def newest_bps(w: World, s: Lane, server: int) -> float:
     """What the sender last measured, NaN before the first."""
-    count = s.meter_count[server]
+    count = s.servers[server].meter_count
     return float(w.meters.sample[server, (count - 1) & LAST_SAMPLE, BPS]) if count > 0 else math.nan
 
 
 @compiled
 def add_sample(w: World, s: Lane, server: int, at_s: float, nbytes: float, elapsed_s: float, rtt_s: float) -> None:
     """Take in an acknowledged transfer, as `runtime.wire.link.LinkMeter` does."""
+    wire = s.servers[server]
     if nbytes < MIN_SAMPLE_BYTES:
         return
     transfer_s = max(elapsed_s - rtt_s / 2.0, elapsed_s / 2.0, _MIN_TRANSFER_S)
     bps = nbytes * 8.0 / transfer_s
-    count = s.meter_count[server]
+    count = wire.meter_count
     mean, decay = math.log(bps), 0.0
     log_bps = mean if bps >= MIN_BANDWIDTH_BPS else _LOG_MIN_BPS
     if count > 0:
         before = w.meters.sample[server, (count - 1) & LAST_SAMPLE, LOG_MEAN]
         mean = before + (mean - before) / min(count + 1, _MEAN_SAMPLES)
-        decay = math.exp((at_s - s.measured_s[server]) * SAMPLE_RATE)
+        decay = math.exp((at_s - wire.measured_s) * SAMPLE_RATE)
     sample = w.meters.sample[server, count & LAST_SAMPLE]
     sample[MEASURED], sample[BPS], sample[LOG_BPS] = at_s, bps, log_bps
     sample[LOG_MEAN], sample[DECAY] = mean, decay
-    s.measured_s[server] = at_s
-    s.meter_count[server] = count + 1
+    wire.measured_s = at_s
+    wire.meter_count = count + 1
     sample[WEIGHT], sample[LOG_SUM] = sum_samples(w, server, count, min(count + 1, SAMPLES))
 
 
@@ -177,43 +180,48 @@ def sum_samples(w: World, server: int, newest: int, count: int) -> tuple[float, 
 @compiled
 def hop_bytes(w: World, r: Plans, s: Lane, slot: int) -> float:
     """Bytes of a request's present transfer."""
-    row, hop = s.row[slot], s.hop[slot]
-    sent = r.plain_bytes[row, hop]
-    sent += r.has_input[row, hop] * s.input_bytes[slot]
-    return float(sent - r.saved_bytes[row, hop]) if s.is_coded[slot] else float(sent)
+    request = s.slots[slot]
+    row, hop = request.row, request.hop
+    plan = r.rows[row]
+    sent = plan.plain_bytes[hop]
+    sent += plan.has_input[hop] * request.input_bytes
+    return float(sent - plan.saved_bytes[hop]) if request.is_coded else float(sent)
 
 
 @compiled
 def enqueue(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Put a request's tensors at the end of the queue of its present link."""
-    client = s.client[slot]
-    link = wide(r.link[s.row[slot], s.hop[slot]])
-    s.place[slot] = LINK_QUEUE
-    s.server[slot] = server_of(r, client, link)
-    s.queued[slot] = next_sequence(s)
-    if s.link_slot[s.server[slot]] == -1:
+    request = s.slots[slot]
+    client = request.client
+    link = wide(r.rows[request.row].link[request.hop])
+    request.place = LINK_QUEUE
+    request.server = server_of(r, client, link)
+    request.queued = next_sequence(s)
+    if s.servers[request.server].slot == -1:
         _fly(w, r, s, slot)
 
 
 @compiled
 def _fly(w: World, r: Plans, s: Lane, slot: int) -> None:
-    server = s.server[slot]
+    request = s.slots[slot]
+    server = request.server
     client, link = server // LINKS, server % LINKS
     end_s = _occupy(w, r, s, server, slot, hop_bytes(w, r, s, slot))
-    s.place[slot] = LINK_FLIGHT
-    s.todo[slot] = DO_ARRIVE
-    push(s, end_s + rtt_at(w, r, client, link, end_s) / 2.0, DELAY, slot, s.version[slot])
+    request.place = LINK_FLIGHT
+    request.todo = DO_ARRIVE
+    push(s, end_s + rtt_at(w, r, client, link, end_s) / 2.0, DELAY, slot, request.version)
 
 
 @compiled
 def _occupy(w: World, r: Plans, s: Lane, server: int, what: int, nbytes: float) -> float:
     """Start a message on an idle link; gives when its last bit leaves. What devices share runs by the first's clock."""
+    wire = s.servers[server]
     client, link, now_s = server // LINKS, server % LINKS, s.now_s
     end_s = transfer_end(w, r, client, link, now_s, nbytes)
-    s.link_slot[server] = what
-    s.link_start_s[server] = now_s
-    s.link_bytes[server] = nbytes
-    push(s, end_s + rtt_at(w, r, client, link, end_s), LINK, server, s.link_version[server])
+    wire.slot = what
+    wire.start_s = now_s
+    wire.nbytes = nbytes
+    push(s, end_s + rtt_at(w, r, client, link, end_s), LINK, server, wire.version)
     return end_s
 
 
@@ -226,19 +234,21 @@ def probe(w: World, r: Plans, s: Lane, server: int, nbytes: float) -> None:
 @compiled
 def acknowledged(w: World, r: Plans, s: Lane, server: int) -> None:
     """The message in flight has been acknowledged: measure, and start the next one."""
+    wire = s.servers[server]
     client = server // LINKS
     link, now_s = server % LINKS, s.now_s
     if not is_broken(w, r, client, link, now_s):
-        elapsed_s = now_s - s.link_start_s[server]
-        add_sample(w, s, server, now_s, s.link_bytes[server], elapsed_s, rtt_at(w, r, client, link, now_s))
+        elapsed_s = now_s - wire.start_s
+        add_sample(w, s, server, now_s, wire.nbytes, elapsed_s, rtt_at(w, r, client, link, now_s))
     free(w, r, s, server)
 
 
 @compiled
 def free(w: World, r: Plans, s: Lane, server: int) -> None:
     """End whatever is in flight, and start the next message."""
-    s.link_slot[server] = -1
-    s.link_version[server] += 1
+    wire = s.servers[server]
+    wire.slot = -1
+    wire.version += 1
     first = first_waiting(s, LINK_QUEUE, server)
     if first >= 0:
         _fly(w, r, s, first)
@@ -249,9 +259,10 @@ def first_waiting(s: Lane, place: int, server: int) -> int:
     """Request that has waited longest in a queue, -1 for none."""
     best, best_queued = -1, np.int64(2**62)
     for slot in range(s.top):
-        if s.is_active[slot] and s.place[slot] == place and s.server[slot] == server:
-            if s.queued[slot] < best_queued:
-                best_queued = s.queued[slot]
+        request = s.slots[slot]
+        if request.is_active and request.place == place and request.server == server:
+            if request.queued < best_queued:
+                best_queued = request.queued
                 best = slot
     return best
 
@@ -259,10 +270,12 @@ def first_waiting(s: Lane, place: int, server: int) -> int:
 @compiled
 def backlog_bytes(w: World, r: Plans, s: Lane, server: int) -> float:
     """Bytes that wait for a link, and those in flight whole."""
+    wire = s.servers[server]
     total = 0.0
-    if s.link_slot[server] != -1:
-        total += s.link_bytes[server]
+    if wire.slot != -1:
+        total += wire.nbytes
     for slot in range(s.top):
-        if s.is_active[slot] and s.place[slot] == LINK_QUEUE and s.server[slot] == server:
+        request = s.slots[slot]
+        if request.is_active and request.place == LINK_QUEUE and request.server == server:
             total += hop_bytes(w, r, s, slot)
     return total

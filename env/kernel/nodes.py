@@ -6,7 +6,6 @@ request that has it is given up or computes for longer, or when another goes on,
 """
 
 import math
-from typing import Any
 
 from env.kernel.compiled import compiled
 from env.kernel.events import NODE, next_sequence, push
@@ -25,9 +24,6 @@ WINDOW_LENGTH = 16
 LOAD_FACTOR_MAX = 100.0
 """As in `runtime.node.load`."""
 
-Ring = Any
-"""One column of all nodes' last jobs."""
-
 COLD_S = 0.02
 """Building a segment, besides a first run that takes twice as long. Guess: tens of milliseconds were seen."""
 
@@ -40,14 +36,15 @@ def contention_at(w: World, node: int, at_s: float) -> float:
 
 @compiled
 def _note_job(s: Lane, node: int, start_s: float, wait_s: float, service_s: float, ratio: float) -> None:
-    at = s.node_jobs[node] & LAST_JOB
-    s.ring_start_s[node, at] = start_s
-    s.ring_wait_s[node, at] = wait_s
-    s.ring_end_s[node, at] = start_s + service_s
-    s.ring_ratio[node, at] = ratio
-    s.node_jobs[node] += 1
-    s.node_busy_s[node] += service_s
-    s.node_free_s[node] = start_s + service_s
+    queue = s.nodes[node]
+    job = s.jobs[node, queue.jobs & LAST_JOB]
+    job.start_s = start_s
+    job.wait_s = wait_s
+    job.end_s = start_s + service_s
+    job.ratio = ratio
+    queue.jobs += 1
+    queue.busy_s += service_s
+    queue.free_s = start_s + service_s
 
 
 @compiled
@@ -66,48 +63,53 @@ def take_background(w: World, r: Plans, s: Lane, node: int, until_s: float, star
 
     One that finds the queue full is turned away.
     """
+    queue = s.nodes[node]
     count = r.bg_count[node]
     while True:
-        at_s = _background_at(w, r, node, s.node_bg[node])
-        if at_s >= until_s or max(s.node_free_s[node], at_s) >= start_until_s:
+        at_s = _background_at(w, r, node, queue.bg)
+        if at_s >= until_s or max(queue.free_s, at_s) >= start_until_s:
             return
-        index = s.node_bg[node]
+        index = queue.bg
         service_s = w.course.background[NODES + node, index if index < count else index % count]
-        s.node_bg[node] += 1
-        jobs = s.node_jobs[node]
-        if jobs >= CAPACITY and s.ring_start_s[node, (jobs - CAPACITY) & LAST_JOB] > at_s:
+        queue.bg += 1
+        jobs = queue.jobs
+        if jobs >= CAPACITY and s.jobs[node, (jobs - CAPACITY) & LAST_JOB].start_s > at_s:
             continue
-        start_s = max(s.node_free_s[node], at_s)
+        start_s = max(queue.free_s, at_s)
         factor = contention_at(w, node, start_s)
         _note_job(s, node, start_s, start_s - at_s, service_s * factor, factor)
 
 
 @compiled
 def _save(s: Lane, node: int) -> None:
-    s.saved_free_s[node] = s.node_free_s[node]
-    s.saved_bg[node] = s.node_bg[node]
-    s.saved_jobs[node] = s.node_jobs[node]
-    s.saved_busy_s[node] = s.node_busy_s[node]
+    queue = s.nodes[node]
+    queue.saved_free_s = queue.free_s
+    queue.saved_bg = queue.bg
+    queue.saved_jobs = queue.jobs
+    queue.saved_busy_s = queue.busy_s
 
 
 @compiled
 def _restore(s: Lane, node: int) -> None:
     """Undo what was taken in since `_save`: background requests that came wait again."""
-    s.node_free_s[node] = s.saved_free_s[node]
-    s.node_bg[node] = s.saved_bg[node]
-    s.node_jobs[node] = s.saved_jobs[node]
-    s.node_busy_s[node] = s.saved_busy_s[node]
+    queue = s.nodes[node]
+    queue.free_s = queue.saved_free_s
+    queue.bg = queue.saved_bg
+    queue.jobs = queue.saved_jobs
+    queue.busy_s = queue.saved_busy_s
 
 
 @compiled
 def queue_length(w: World, r: Plans, s: Lane, node: int, at_s: float) -> int:
     """Requests that wait at an instant, background included."""
+    queue = s.nodes[node]
     waiting = 0
     for slot in range(s.top):
+        request = s.slots[slot]
         if (
-            s.is_active[slot]
-            and s.server[slot] == node
-            and (s.place[slot] == NODE_QUEUE or s.place[slot] == NODE_READY)
+            request.is_active
+            and request.server == node
+            and (request.place == NODE_QUEUE or request.place == NODE_READY)
         ):
             waiting += 1
     if waiting == 0:
@@ -117,12 +119,12 @@ def queue_length(w: World, r: Plans, s: Lane, node: int, at_s: float) -> int:
         take_background(w, r, s, node, at_s, at_s)
         _save(s, node)
         take_background(w, r, s, node, at_s, math.inf)
-    jobs = s.node_jobs[node]
+    jobs = queue.jobs
     for back in range(1, min(jobs, RING) + 1):
-        if s.ring_start_s[node, (jobs - back) & LAST_JOB] <= at_s:
+        if s.jobs[node, (jobs - back) & LAST_JOB].start_s <= at_s:
             break  # nor does any before it wait
         waiting += 1
-    index = s.node_bg[node]
+    index = queue.bg
     while _background_at(w, r, node, index) < at_s and waiting < 2 * RING:
         waiting += 1
         index += 1
@@ -132,13 +134,14 @@ def queue_length(w: World, r: Plans, s: Lane, node: int, at_s: float) -> int:
 @compiled
 def arrive(w: World, r: Plans, s: Lane, slot: int, node: int) -> bool:
     """Let a request join a node's queue; False when it is full."""
+    request = s.slots[slot]
     if queue_length(w, r, s, node, s.now_s) + _num_gathering(r, s, node) >= CAPACITY:
         return False
-    s.place[slot] = NODE_QUEUE
-    s.server[slot] = node
-    s.queued[slot] = next_sequence(s)
-    s.queued_s[slot] = s.now_s
-    if s.node_slot[node] < 0 and next_up(s, node) == slot:
+    request.place = NODE_QUEUE
+    request.server = node
+    request.queued = next_sequence(s)
+    request.queued_s = s.now_s
+    if s.nodes[node].slot < 0 and next_up(s, node) == slot:
         schedule(w, r, s, node)
     return True
 
@@ -149,7 +152,8 @@ def _num_gathering(r: Plans, s: Lane, node: int) -> int:
     count = 0
     if r.num_tiled > 0:
         for slot in range(s.top):
-            if s.is_active[slot] and s.place[slot] == GATHERING and s.server[slot] == node:
+            request = s.slots[slot]
+            if request.is_active and request.place == GATHERING and request.server == node:
                 count += 1
     return count
 
@@ -164,18 +168,20 @@ def next_up(s: Lane, node: int) -> int:
 @compiled
 def schedule(w: World, r: Plans, s: Lane, node: int) -> None:
     """Plan the start of the request that is next."""
-    s.node_version[node] += 1
+    queue = s.nodes[node]
+    queue.version += 1
     slot = next_up(s, node)
+    request = s.slots[slot]
     if slot < 0:
         return
-    if s.place[slot] == NODE_READY:
+    if request.place == NODE_READY:
         # Who goes on stands ahead of the background requests that have not begun, even if they were counted meanwhile.
         _restore(s, node)
-        take_background(w, r, s, node, s.queued_s[slot], s.queued_s[slot])
+        take_background(w, r, s, node, request.queued_s, request.queued_s)
     else:
-        take_background(w, r, s, node, s.queued_s[slot], math.inf)
-    start_s = max(s.node_free_s[node], s.queued_s[slot], s.now_s)
-    push(s, start_s, NODE, node, s.node_version[node])
+        take_background(w, r, s, node, request.queued_s, math.inf)
+    start_s = max(queue.free_s, request.queued_s, s.now_s)
+    push(s, start_s, NODE, node, queue.version)
 
 
 @compiled
@@ -186,84 +192,91 @@ def start(w: World, r: Plans, s: Lane, node: int) -> int:
         -1, or the request when its time has run out: it is no longer in the queue.
     """
     slot = next_up(s, node)
+    request = s.slots[slot]
     now_s = s.now_s
-    if now_s > s.deadline_at_s[slot]:
-        s.place[slot] = 0
+    if now_s > request.deadline_at_s:
+        request.place = 0
         schedule(w, r, s, node)
         return int(slot)
-    row, tier = s.row[slot], tier_of(r, s, slot)
-    if r.num_peers[row] > 0 and (s.place[slot] == NODE_READY or s.parent[slot] >= 0):
+    row, tier = request.row, tier_of(r, s, slot)
+    plan = r.rows[row]
+    if plan.num_peers > 0 and (request.place == NODE_READY or request.parent >= 0):
         _start_tile(w, r, s, node, slot)
         return -1
-    noise = s.noise[slot, tier]
+    noise = request.noise[tier]
     factor = contention_at(w, node, now_s) * noise
-    idle_s = r.idle_s[row, tier]
+    idle_s = plan.idle_s[tier]
     cold_s = 0.0
-    if not s.is_warm[r.segment[row, tier]]:
-        s.is_warm[r.segment[row, tier]] = True
+    if not s.is_warm[plan.segment[tier]]:
+        s.is_warm[plan.segment[tier]] = True
         cold_s = COLD_S + idle_s
-    _note_job(s, node, now_s, now_s - s.queued_s[slot], (idle_s + cold_s) * factor, factor)
+    _note_job(s, node, now_s, now_s - request.queued_s, (idle_s + cold_s) * factor, factor)
     _run(s, node, slot)
-    if r.num_peers[row] > 0:
-        s.tile[slot], s.num_out[slot] = r.first_tile[row], 0
-        s.left_s[slot], s.is_span_open[slot] = 0.0, False
+    if plan.num_peers > 0:
+        request.tile, request.num_out = plan.first_tile, 0
+        request.left_s, request.is_span_open = 0.0, False
     return -1
 
 
 @compiled
 def _start_tile(w: World, r: Plans, s: Lane, node: int, slot: int) -> None:
     """Start a tile of another head's request; or what was left to the head of one that goes on."""
+    request = s.slots[slot]
     factor = contention_at(w, node, s.now_s) * head_noise(w, s, slot)
-    if s.parent[slot] >= 0:
-        idle_s = w.tiles[s.tile[slot], IDLE_S]
-        _note_job(s, node, s.now_s, s.now_s - s.queued_s[slot], idle_s * factor, factor)
+    if request.parent >= 0:
+        idle_s = w.tiles[request.tile, IDLE_S]
+        _note_job(s, node, s.now_s, s.now_s - request.queued_s, idle_s * factor, factor)
         _run(s, node, slot)
         return
-    s.node_free_s[node] = s.now_s
+    s.nodes[node].free_s = s.now_s
     _save(s, node)
-    go_on(s, node, slot, s.left_s[slot] * factor)
-    s.left_s[slot] = 0.0
+    go_on(s, node, slot, request.left_s * factor)
+    request.left_s = 0.0
 
 
 @compiled
 def head_noise(w: World, s: Lane, slot: int) -> float:
     """Factor on the service of a request's edge share; its tiles have the same."""
-    request = s.parent[slot] if s.parent[slot] >= 0 else slot
-    return float(s.noise[request, 1])
+    request = s.slots[slot].parent if s.slots[slot].parent >= 0 else slot
+    return float(s.slots[request].noise[1])
 
 
 @compiled
 def go_on(s: Lane, node: int, slot: int, service_s: float) -> None:
     """Let a request that runs compute for longer; it is no new job."""
+    queue = s.nodes[node]
     _restore(s, node)
-    s.node_free_s[node] = s.now_s + service_s
-    s.node_busy_s[node] += service_s
+    queue.free_s = s.now_s + service_s
+    queue.busy_s += service_s
     _run(s, node, slot)
 
 
 @compiled
 def _run(s: Lane, node: int, slot: int) -> None:
     """A request has the node until all that has started is done."""
+    queue = s.nodes[node]
     _save(s, node)
-    s.place[slot] = NODE_RUN
-    s.node_slot[node] = slot
-    s.node_version[node] += 1
-    push(s, s.node_free_s[node], NODE, node, s.node_version[node])
+    s.slots[slot].place = NODE_RUN
+    queue.slot = slot
+    queue.version += 1
+    push(s, queue.free_s, NODE, node, queue.version)
 
 
 @compiled
 def tier_of(r: Plans, s: Lane, slot: int) -> int:
     """Tier whose node a request's present transfer leads to: 1 the head, 2 the cloud."""
-    if s.hop[slot] == 0:
-        return 1 if r.node[s.row[slot], 1] != 0 else 2
+    request = s.slots[slot]
+    if request.hop == 0:
+        return 1 if r.rows[request.row].node[1] != 0 else 2
     return 2
 
 
 @compiled
 def done(w: World, r: Plans, s: Lane, node: int) -> int:
     """The request that runs has ended: give it, and plan the next."""
-    slot = s.node_slot[node]
-    s.node_slot[node] = -1
+    queue = s.nodes[node]
+    slot = queue.slot
+    queue.slot = -1
     schedule(w, r, s, node)
     return int(slot)
 
@@ -271,52 +284,54 @@ def done(w: World, r: Plans, s: Lane, node: int) -> int:
 @compiled
 def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Take a request from a node where it waits or runs."""
-    node, place = s.server[slot], s.place[slot]
-    s.place[slot] = 0
+    request = s.slots[slot]
+    node, place = request.server, request.place
+    queue = s.nodes[node]
+    request.place = 0
     if place == NODE_RUN:
         _restore(s, node)
-        s.node_busy_s[node] -= s.node_free_s[node] - s.now_s  # it would have had the processor for so much longer
-        s.node_free_s[node] = s.now_s
+        queue.busy_s -= queue.free_s - s.now_s  # it would have had the processor for so much longer
+        queue.free_s = s.now_s
         _save(s, node)
-        s.node_slot[node] = -1
+        queue.slot = -1
         schedule(w, r, s, node)
-    elif s.node_slot[node] < 0:
+    elif queue.slot < 0:
         schedule(w, r, s, node)
 
 
 @compiled
 def load_factor(s: Lane, node: int, at_s: float) -> float:
     """K as `runtime.node.load.NodeLoad` has it: mean ratio of the last segments that ended in the window."""
-    mean = _window_mean(s, node, at_s, s.ring_end_s, s.ring_ratio)
-    return 1.0 if math.isnan(mean) else float(min(max(mean, 1.0), LOAD_FACTOR_MAX))
+    total, count, jobs = 0.0, 0, s.nodes[node].jobs
+    for back in range(1, min(jobs, RING) + 1):
+        job = s.jobs[node, (jobs - back) & LAST_JOB]
+        if job.end_s <= at_s:
+            if job.end_s < at_s - WINDOW_S or count == WINDOW_LENGTH:
+                break
+            total += job.ratio
+            count += 1
+    return float(min(max(total / count, 1.0), LOAD_FACTOR_MAX)) if count > 0 else 1.0
 
 
 @compiled
 def queue_delay_s(s: Lane, node: int, at_s: float) -> float:
     """q: mean wait of the requests that started in the window."""
-    mean = _window_mean(s, node, at_s, s.ring_start_s, s.ring_wait_s)
-    return 0.0 if math.isnan(mean) else float(mean)
-
-
-@compiled
-def _window_mean(s: Lane, node: int, at_s: float, when_s: Ring, what: Ring) -> float:
-    """Mean of one column over a node's last jobs by an instant, of those in the window; NaN without any."""
-    total, count = 0.0, 0
-    jobs = s.node_jobs[node]
+    total, count, jobs = 0.0, 0, s.nodes[node].jobs
     for back in range(1, min(jobs, RING) + 1):
-        at = (jobs - back) & LAST_JOB
-        if when_s[node, at] <= at_s:
-            if when_s[node, at] < at_s - WINDOW_S or count == WINDOW_LENGTH:
+        job = s.jobs[node, (jobs - back) & LAST_JOB]
+        if job.start_s <= at_s:
+            if job.start_s < at_s - WINDOW_S or count == WINDOW_LENGTH:
                 break
-            total += what[node, at]
+            total += job.wait_s
             count += 1
-    return total / count if count > 0 else math.nan
+    return total / count if count > 0 else 0.0
 
 
 @compiled
 def busy_frac(s: Lane, node: int, at_s: float) -> float:
     """Share of the window that was busy; called at every tick, half a second apart."""
-    busy_s = s.node_busy_s[node] - max(s.node_free_s[node] - at_s, 0.0)
+    queue = s.nodes[node]
+    busy_s = queue.busy_s - max(queue.free_s - at_s, 0.0)
     at = s.tick_count % TICKS
     before_s = s.tick_busy_s[node, at]
     s.tick_busy_s[node, at] = busy_s

@@ -66,7 +66,7 @@ def _begin(w: World, requests: Requests, r: Plans, s: Lane) -> None:
         push(s, requests[client, 0, ARRIVES], ARRIVAL, client, ZERO)
         for link in range(r.num_links):
             server = links.server_of(r, client, link)
-            if server // LINKS == client and s.meter_count[server] == 0:
+            if server // LINKS == client and s.servers[server].meter_count == 0:
                 _first_probe(w, r, s, client, link, server, requests[client, 0, ARRIVES])
     tick(w, r, s)
 
@@ -101,42 +101,46 @@ def _handle(w: World, r: Plans, s: Lane, kind: int, what: int) -> None:
 @compiled
 def _continue(w: World, r: Plans, s: Lane, slot: int) -> None:
     """A request's delay has passed."""
-    todo, client, row, hop = s.todo[slot], s.client[slot], s.row[slot], s.hop[slot]
+    request = s.slots[slot]
+    todo, client, row, hop = request.todo, request.client, request.row, request.hop
+    plan = r.rows[row]
     if todo == DO_SEND:
         links.enqueue(w, r, s, slot)
     elif todo == DO_ARRIVE:
-        if links.is_broken(w, r, client, wide(r.link[row, hop]), s.now_s):
-            s.place[slot] = NOWHERE  # lost on the way: nobody will tell
+        if links.is_broken(w, r, client, wide(plan.link[hop]), s.now_s):
+            request.place = NOWHERE  # lost on the way: nobody will tell
         elif hop < 2:
             _reach_node(w, r, s, slot)
         elif hop == 2:
-            s.hop[slot] = 3
+            request.hop = 3
             encode(w, r, s, slot, 0.0)
         else:
-            links.delay(s, slot, r.message_s[row], DO_FINISH)
+            links.delay(s, slot, plan.message_s, DO_FINISH)
     elif todo == DO_GIVE_UP:
         tiles.give_up(w, r, s, slot)
     elif todo >= DO_COMPUTE:
         tiles.reach(w, r, s, slot)
     else:
-        answered(s, client, s.target[slot])
+        answered(s, client, request.target)
         if todo == DO_FINISH:
             hear_reply(w, r, s, slot)
             end(w, r, s, slot, REMOTE)
         else:
-            s.is_remote[slot] = False
-            s.place[slot] = NOWHERE
+            request.is_remote = False
+            request.place = NOWHERE
             finish_here(w, r, s, slot)
 
 
 @compiled
 def _reach_node(w: World, r: Plans, s: Lane, slot: int) -> None:
     """The tensors are at a node: compute, pass on, or be refused."""
-    row, tier = s.row[slot], nodes.tier_of(r, s, slot)
-    node = wide(r.node[row, tier])
-    if s.now_s >= s.deadline_at_s[slot]:
+    request = s.slots[slot]
+    row, tier = request.row, nodes.tier_of(r, s, slot)
+    plan = r.rows[row]
+    node = wide(plan.node[tier])
+    if s.now_s >= request.deadline_at_s:
         _refuse(w, r, s, slot)
-    elif r.has_layers[row, tier] > 0.0:
+    elif plan.has_layers[tier] > 0.0:
         if not nodes.arrive(w, r, s, slot, node):
             _refuse(w, r, s, slot)
     else:
@@ -146,36 +150,41 @@ def _reach_node(w: World, r: Plans, s: Lane, slot: int) -> None:
 @compiled
 def _leave_node(w: World, r: Plans, s: Lane, slot: int) -> None:
     """A node's share is done: on to the cloud, or back."""
-    row = s.row[slot]
-    if s.hop[slot] == 0 and r.has_hop[row, 1] > 0.0:
-        s.hop[slot] = 1
+    request = s.slots[slot]
+    row = request.row
+    plan = r.rows[row]
+    if request.hop == 0 and plan.has_hop[1] > 0.0:
+        request.hop = 1
     else:
-        s.hop[slot] = 2 if r.has_hop[row, 2] > 0.0 else 3
+        request.hop = 2 if plan.has_hop[2] > 0.0 else 3
     encode(w, r, s, slot, 0.0)
 
 
 @compiled
 def _refuse(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Tell the device that there will be no result; the notice is a small message on the way back."""
-    row, client = s.row[slot], s.client[slot]
-    back_s = links.rtt_at(w, r, client, wide(r.link[row, 3]), s.now_s) / 2.0
-    if s.hop[slot] == 1:
-        back_s += links.rtt_at(w, r, ZERO, wide(r.link[row, 2]), s.now_s) / 2.0
+    request = s.slots[slot]
+    row, client = request.row, request.client
+    plan = r.rows[row]
+    back_s = links.rtt_at(w, r, client, wide(plan.link[3]), s.now_s) / 2.0
+    if request.hop == 1:
+        back_s += links.rtt_at(w, r, ZERO, wide(plan.link[2]), s.now_s) / 2.0
     links.delay(s, slot, back_s, DO_FAIL)
 
 
 @compiled
 def _node_event(w: World, r: Plans, s: Lane, node: int) -> None:
-    if s.node_slot[node] < 0:
+    queue = s.nodes[node]
+    if queue.slot < 0:
         late = nodes.start(w, r, s, node)
-        if late >= 0 and r.num_peers[s.row[late]] > 0 and s.parent[late] >= 0:
+        if late >= 0 and r.rows[s.slots[late].row].num_peers > 0 and s.slots[late].parent >= 0:
             tiles.miss(w, r, s, late)
         elif late >= 0:
             _refuse(w, r, s, late)
         return
-    slot = s.node_slot[node]
-    if r.num_peers[s.row[slot]] > 0 and s.hop[slot] == 0:
-        if s.parent[slot] >= 0:
+    slot = queue.slot
+    if r.rows[s.slots[slot].row].num_peers > 0 and s.slots[slot].hop == 0:
+        if s.slots[slot].parent >= 0:
             tiles.computed(w, r, s, node)
             return
         if tiles.proceed(w, r, s, slot, node):
@@ -183,14 +192,15 @@ def _node_event(w: World, r: Plans, s: Lane, node: int) -> None:
     slot = nodes.done(w, r, s, node)
     step = links.step_of(s.now_s)
     if w.course.grid[DOWN + node, step] > 0.0:
-        s.place[slot] = NOWHERE
+        s.slots[slot].place = NOWHERE
     else:
         _leave_node(w, r, s, slot)
 
 
 @compiled
 def _device_event(w: World, r: Plans, s: Lane, client: int) -> None:
-    slot, is_local = s.device_slot[client], s.device_is_local[client]
+    device = s.clients[client]
+    slot, is_local = device.device_slot, device.device_is_local
     dev.stop(s, client)
     if is_local:
         end(w, r, s, slot, LOCAL)
@@ -201,12 +211,13 @@ def _device_event(w: World, r: Plans, s: Lane, client: int) -> None:
 
 @compiled
 def _guard_event(w: World, r: Plans, s: Lane, slot: int) -> None:
-    s.guard_s[slot] = math.inf
+    request = s.slots[slot]
+    request.guard_s = math.inf
     if dev.guard_at_s(r, s, slot) > s.now_s:
         dev.guard(r, s, slot)
     elif math.isinf(r.local_s):
         end(w, r, s, slot, FAILED)
-    elif s.local[slot] == LOCAL_NONE:
+    elif request.local == LOCAL_NONE:
         finish_here(w, r, s, slot)
 
 
@@ -252,13 +263,13 @@ def _advance(
         elif what == 0:
             s.turn = ZERO
             show(w, requests, r, s, v, candidates, context, mask)
-            s.is_over = s.next_request[0] + 1 == r.num_requests
+            s.is_over = s.clients[0].next_request + 1 == r.num_requests
             if not s.is_over:
                 return False
             _read(w, requests, r, s, x)
         elif not s.is_asking:
             _submit_planned(w, requests, r, s, v, what)
-        elif s.next_request[what] < r.num_requests:
+        elif s.clients[what].next_request < r.num_requests:
             _ask(w, requests, r, s, v, what)
             return False
         if s.is_over and not _has_requests(s):
@@ -281,14 +292,14 @@ def _ask(w: World, requests: Requests, r: Plans, s: Lane, v: View, client: int) 
     """Stand at a client's request: work out what the planner predicts of every plan."""
     s.turn = client
     glance(w, requests, r, s, v, client)
-    for row in range(ROWS):
-        s.predicted_total_s[row] = math.inf if r.padding[row] == 1 else total(predict(r, v, row))
+    for row in range(r.num_rows):
+        s.predicted_total_s[row] = math.inf if r.rows[row].padding == 1 else total(predict(r, v, row))
 
 
 @compiled
 def _submit_planned(w: World, requests: Requests, r: Plans, s: Lane, v: View, client: int) -> None:
     """Let the planner decide on a request that has come, unless it is one too many."""
-    if s.next_request[client] < r.num_requests:
+    if s.clients[client].next_request < r.num_requests:
         glance(w, requests, r, s, v, client)
         row, total_s = weigh(r, v)
         submit(w, requests, r, s, client, row, total_s)
@@ -303,7 +314,7 @@ def _plan(w: World, requests: Requests, r: Plans, s: Lane, v: View, fates: Array
         kind, what = take_next(s)
         if kind != ARRIVAL:
             _handle(w, r, s, kind, what)
-        elif what == 0 and s.next_request[0] + 1 == r.num_requests:
+        elif what == 0 and s.clients[0].next_request + 1 == r.num_requests:
             is_over = True
         else:
             if what == 0:
@@ -318,14 +329,16 @@ def _plan(w: World, requests: Requests, r: Plans, s: Lane, v: View, fates: Array
 def _settle(s: Lane, fates: Array) -> None:
     """Write down what became of the requests of client 0 that have ended."""
     for at in range(s.ended_count):
-        fates[s.ended[at], LATENCY], fates[s.ended[at], OUTCOME] = s.latency_s[at], s.outcome[at]
+        ending = s.ended[at]
+        fates[ending.number, LATENCY], fates[ending.number, OUTCOME] = ending.latency_s, ending.outcome
     s.ended_count = 0
 
 
 @compiled
 def _has_requests(s: Lane) -> bool:
     for slot in range(s.top):
-        if s.is_active[slot] and s.client[slot] == 0:
+        request = s.slots[slot]
+        if request.is_active and request.client == 0:
             return True
     return False
 
@@ -343,19 +356,19 @@ def _follow(w: World, requests: Requests, r: Plans, s: Lane, v: View, rows: Arra
         rows: plan of the request at hand and of each that follows. None: not even the request at hand is started.
         fates: takes what becomes of them.
     """
-    first = s.next_request[0]
+    first = s.clients[0].next_request
     stop = min(first + len(rows), r.num_requests - 1)
     if len(rows) > 0:
         submit(w, requests, r, s, ZERO, rows[0], s.predicted_total_s[rows[0]])
-    while s.next_request[0] < stop or _has_requests(s):
+    while s.clients[0].next_request < stop or _has_requests(s):
         kind, what = take_next(s)
         if kind != ARRIVAL:
             _handle(w, r, s, kind, what)
         elif what != 0:
             _submit_planned(w, requests, r, s, v, what)
-        elif s.next_request[0] < stop:
+        elif s.clients[0].next_request < stop:
             _settle(s, fates)
-            row = rows[s.next_request[0] - first]
+            row = rows[s.clients[0].next_request - first]
             glance(w, requests, r, s, v, ZERO)
             submit(w, requests, r, s, ZERO, row, total(predict(r, v, row)))
     _settle(s, fates)
@@ -374,7 +387,7 @@ def _look(w: Worlds, r: Plans, lanes: Array, v: View, b: int, home: int, rows: A
     last = len(lanes) - 2
     copy(w, r, lanes, b, last)
     s, fates = lanes[last], w.fates[last]
-    first = s.next_request[0]
+    first = s.clients[0].next_request
     _follow(World(w.courses[home], w.meters[last], w.tiles[home]), w.requests[home], r, s, v, rows, fates)
     for later in range(len(rows)):
         is_there = first + later < r.num_requests - 1
@@ -448,7 +461,7 @@ def run_lanes(
             _begin(world, requests, r, s)
         is_over[at] = _advance(world, requests, r, s, v, x, seen.candidates[b], seen.context[b], seen.mask[b])
         for index in range(s.ended_count):
-            ended[0, num_ended], ended[1, num_ended] = at, s.ended[index]
+            ended[0, num_ended], ended[1, num_ended] = at, s.ended[index].number
             num_ended += 1
         _settle(s, w.fates[b])
     return num_ended

@@ -25,7 +25,6 @@ from env.kernel.layout import (
     DEADLINE,
     MEASURED,
     NODES,
-    ROWS,
     SAMPLES,
     SHOWN_LINKS,
     SHOWN_NODES,
@@ -103,11 +102,11 @@ _MOST = 1e9
 def show(w: World, requests: Requests, r: Plans, s: Lane, v: View, candidates: Row, context: Row, mask: Row) -> None:
     """Write what client 0's policy sees at its next request, and what the planner predicts of every plan."""
     glance(w, requests, r, s, v, ZERO)
-    rate_hz = request_rate_hz(requests, ZERO, s.next_request[0])
+    rate_hz = request_rate_hz(requests, ZERO, s.clients[0].next_request)
     rate_hz = rate_hz if rate_hz > 0.0 else 0.0
     best_s = _show_candidates(r, s, v, rate_hz, candidates, mask)
     for row in range(NUM_CANDIDATES):
-        if r.padding[row] == 1:  # it repeats the first plan
+        if r.rows[row].padding == 1:  # it repeats the first plan
             for column in range(_WIDTH):  # one by one: numba takes seconds to compile a slice
                 candidates[row, column] = candidates[0, column]
             s.predicted_total_s[row] = math.inf
@@ -115,9 +114,9 @@ def show(w: World, requests: Requests, r: Plans, s: Lane, v: View, candidates: R
             candidates[row, _OVER_BEST] = s.predicted_total_s[row] / best_s
             for column in range(_CANDIDATE_LOGS):
                 candidates[row, column] = _clip(_log(candidates[row, column]), _LOW[column], _HIGH[column])
-        candidates[row, _CURRENT] = s.in_force[0] == row
-    for row in range(NUM_CANDIDATES, ROWS):
-        s.predicted_total_s[row] = math.inf if r.padding[row] == 1 else total(predict(r, v, row))
+        candidates[row, _CURRENT] = s.clients[0].in_force == row
+    for row in range(NUM_CANDIDATES, r.num_rows):
+        s.predicted_total_s[row] = math.inf if r.rows[row].padding == 1 else total(predict(r, v, row))
     for column in range(len(context)):
         context[column] = 0.0
     _show_nodes(r, s, context)
@@ -157,7 +156,7 @@ def _show_candidates(r: Plans, s: Lane, v: View, rate_hz: float, candidates: Row
     per_s = 1.0 / r.reference_s
     best_s, least_down = math.inf, NODES + 1
     for row in range(NUM_CANDIDATES):
-        if r.padding[row] == 1:
+        if r.rows[row].padding == 1:
             continue
         parts = predict(r, v, row)
         total_s = total(parts)
@@ -168,7 +167,7 @@ def _show_candidates(r: Plans, s: Lane, v: View, rate_hz: float, candidates: Row
         for part in range(_NUM_HELD):
             candidates[row, _HELD + part] = min(max(parts[part] * rate_hz, _HELD_LOW), _HELD_HIGH)
         for tier in range(3):
-            candidates[row, _USES + tier] = r.has_layers[row, tier]
+            candidates[row, _USES + tier] = r.rows[row].has_layers[tier]
         candidates[row, _WARM] = 0.5  # nodes do not tell which segments they hold
         down = nodes_down(r, v, row)
         if down < least_down:
@@ -176,7 +175,7 @@ def _show_candidates(r: Plans, s: Lane, v: View, rate_hz: float, candidates: Row
         if down == least_down:
             best_s = min(best_s, total_s)
     for row in range(NUM_CANDIDATES):
-        mask[row] = r.padding[row] != 1 and nodes_down(r, v, row) == least_down
+        mask[row] = r.rows[row].padding != 1 and nodes_down(r, v, row) == least_down
     return best_s
 
 
@@ -189,12 +188,12 @@ def _show_nodes(r: Plans, s: Lane, context: Row) -> None:
         context[_K + shown], context[_LENGTH + shown] = 1.0, 1.0
         context[_NODE_PRESENT + shown], context[_NODE_UP + shown] = 1.0, 1.0
         if node > 0:
-            k, q_s, busy_frac = s.known_k[0, node], s.known_q_s[0, node], s.known_busy_frac[0, node]
+            k, q_s, busy_frac = s.known[0, node].k, s.known[0, node].q_s, s.known[0, node].busy_frac
             context[_K + shown] = k if k > 1.0 else 1.0
             context[_Q + shown] = (q_s if q_s > 0.0 else 0.0) / r.reference_s
-            context[_LENGTH + shown] = 1.0 + s.known_length[0, node]
-            context[_NODE_AGE + shown] = min(s.now_s - s.heard_s[0, node], NEVER_S)
-            context[_NODE_UP + shown] = s.is_up[0, node]
+            context[_LENGTH + shown] = 1.0 + s.known[0, node].length
+            context[_NODE_AGE + shown] = min(s.now_s - s.known[0, node].heard_s, NEVER_S)
+            context[_NODE_UP + shown] = s.known[0, node].is_up
             context[_BUSY + shown] = busy_frac if busy_frac > 0.0 else 0.0
 
 
@@ -206,7 +205,7 @@ def _show_links(w: World, r: Plans, s: Lane, v: View, context: Row) -> None:
             continue
         source, server = wide(r.link_source[link]), server_of(r, ZERO, link)
         input_s = r.reference_bytes * v.s_per_byte[link]
-        newest = newest_told(w, s, server, s.now_s if source == 0 else s.heard_s[0, source])
+        newest = newest_told(w, s, server, s.now_s if source == 0 else s.known[0, source].heard_s)
         known = num_told(s, server, newest)
         for n in range(NUM_SHOWN):
             k = (newest - min(n, max(known - 1, 0))) & LAST_SAMPLE
@@ -223,12 +222,12 @@ def _show_links(w: World, r: Plans, s: Lane, v: View, context: Row) -> None:
 
 @compiled
 def _show_request(requests: Requests, r: Plans, s: Lane, v: View, rate_hz: float, context: Row) -> None:
-    count = s.error_count[0]
+    count = s.clients[0].error_count
     for n in range(SAMPLES):
-        error = s.errors[0, (count - 1 - n) % SAMPLES] if n < count else 0.0
+        error = s.clients[0].errors[(count - 1 - n) % SAMPLES] if n < count else 0.0
         context[_ERRORS + n] = max(error + 1.0, 0.0)
     context[_REQUEST] = min(v.device_backlog_s / r.reference_s, _MOST)
     context[_REQUEST + 1] = min(v.uplink_backlog_bytes / r.reference_bytes, _MOST)
     context[_REQUEST + 2] = min(rate_hz * r.reference_s, _MOST)
-    context[_REQUEST + 3] = min(requests[0, s.next_request[0], DEADLINE] / r.reference_s, _MOST)
+    context[_REQUEST + 3] = min(requests[0, s.clients[0].next_request, DEADLINE] / r.reference_s, _MOST)
     context[_REQUEST + 4] = min(v.input_bytes / r.reference_bytes, _MOST)

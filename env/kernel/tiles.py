@@ -27,7 +27,6 @@ from env.kernel.layout import (
     FIXED_S,
     IDLE_S,
     NODE_AT,
-    ROWS,
     THERE,
     THERE_BYTES,
     Lane,
@@ -63,10 +62,11 @@ Tiles = Any
 @compiled
 def weigh_spans(tiles: Tiles, r: Plans, v: View) -> None:
     """Predict the tiled spans of every plan, as `runtime.planning.grids.TileRows.seconds` has it."""
-    for row in range(ROWS):
-        if r.num_peers[row] > 0:
+    for row in range(r.num_rows):
+        plan = r.rows[row]
+        if plan.num_peers > 0:
             total_s, span_s = 0.0, 0.0
-            for at in range(r.first_tile[row], r.first_tile[row] + r.num_tiles[row]):
+            for at in range(plan.first_tile, plan.first_tile + plan.num_tiles):
                 tile = tiles[at]
                 node = int(tile[NODE_AT])
                 seconds = v.k[node] * tile[IDLE_S] + tile[FIXED_S]
@@ -87,18 +87,20 @@ def weigh_spans(tiles: Tiles, r: Plans, v: View) -> None:
 @compiled
 def proceed(w: World, r: Plans, s: Lane, slot: int, node: int) -> bool:
     """A piece of a head's share is done: go on with what comes next. False when that was all."""
-    row = s.row[slot]
-    if s.is_span_open[slot]:
-        if s.num_out[slot] > 0:
+    request = s.slots[slot]
+    row = request.row
+    plan = r.rows[row]
+    if request.is_span_open:
+        if request.num_out > 0:
             _gather(w, r, s, slot, node)
             return True
-        s.is_span_open[slot] = False
-        if s.left_s[slot] > 0.0:
-            left_s = s.left_s[slot] * nodes.contention_at(w, node, s.now_s) * nodes.head_noise(w, s, slot)
-            s.left_s[slot] = 0.0
+        request.is_span_open = False
+        if request.left_s > 0.0:
+            left_s = request.left_s * nodes.contention_at(w, node, s.now_s) * nodes.head_noise(w, s, slot)
+            request.left_s = 0.0
             nodes.go_on(s, node, slot, left_s)
             return True
-    if s.tile[slot] >= r.first_tile[row] + r.num_tiles[row]:
+    if request.tile >= plan.first_tile + plan.num_tiles:
         return False
     _open_span(w, r, s, slot, node)
     return True
@@ -107,22 +109,24 @@ def proceed(w: World, r: Plans, s: Lane, slot: int, node: int) -> bool:
 @compiled
 def _open_span(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
     """Send the tiles of other nodes off, then run the own one."""
-    row = s.row[slot]
-    first, end = wide(s.tile[slot]), wide(r.first_tile[row] + r.num_tiles[row])
+    request = s.slots[slot]
+    row = request.row
+    plan = r.rows[row]
+    first, end = wide(request.tile), wide(plan.first_tile + plan.num_tiles)
     at = first + 1
-    s.crossing_s[slot] = 0.0
+    request.crossing_s = 0.0
     while at < end and w.tiles[at, THERE] >= 0.0:
         if not _is_connected(w, int(w.tiles[at, NODE_AT]), s.now_s) or not _send(w, r, s, slot, at):
-            s.left_s[slot] += w.tiles[at, ALONE_S]
+            request.left_s += w.tiles[at, ALONE_S]
         at += 1
-    s.tile[slot] = at
-    s.scattered_s[slot] = s.now_s
-    s.is_span_open[slot] = s.num_out[slot] > 0
+    request.tile = at
+    request.scattered_s = s.now_s
+    request.is_span_open = request.num_out > 0
     factor = nodes.contention_at(w, node, s.now_s) * nodes.head_noise(w, s, slot)
-    if s.num_out[slot] > 0:
+    if request.num_out > 0:
         nodes.go_on(s, node, slot, w.tiles[first, IDLE_S] * factor + w.tiles[first, FIXED_S])
     else:
-        s.left_s[slot] = 0.0
+        request.left_s = 0.0
         nodes.go_on(s, node, slot, w.tiles[first, ALONE_S] * factor)
 
 
@@ -139,29 +143,33 @@ def _is_connected(w: World, node: int, now_s: float) -> bool:
 @compiled
 def _gather(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
     """Leave the processor to others until all tiles are back, or have taken too long."""
-    own_s = s.now_s - s.scattered_s[slot]
-    patient_s = s.scattered_s[slot] + PATIENCE * (own_s + s.crossing_s[slot]) + SLACK_S
+    request = s.slots[slot]
+    own_s = s.now_s - request.scattered_s
+    patient_s = request.scattered_s + PATIENCE * (own_s + request.crossing_s) + SLACK_S
     left_s = 0.0
     for other in range(s.top):
-        if s.is_active[other] and s.parent[other] == slot:
-            left_s += w.tiles[s.tile[other], ALONE_S]
-    row = s.row[slot]
-    for at in range(s.tile[slot], r.first_tile[row] + r.num_tiles[row]):
+        sibling = s.slots[other]
+        if sibling.is_active and sibling.parent == slot:
+            left_s += w.tiles[sibling.tile, ALONE_S]
+    row = request.row
+    plan = r.rows[row]
+    for at in range(request.tile, plan.first_tile + plan.num_tiles):
         if w.tiles[at, THERE] < 0.0:
             left_s += w.tiles[at, ALONE_S]
-    until_s = max(min(patient_s, s.deadline_at_s[slot] - PROTECTION_FACTOR * left_s), s.now_s)
+    until_s = max(min(patient_s, request.deadline_at_s - PROTECTION_FACTOR * left_s), s.now_s)
     nodes.done(w, r, s, node)
-    s.place[slot] = GATHERING
-    s.todo[slot] = DO_GIVE_UP
-    push(s, until_s, DELAY, slot, s.version[slot])
+    request.place = GATHERING
+    request.todo = DO_GIVE_UP
+    push(s, until_s, DELAY, slot, request.version)
 
 
 @compiled
 def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
     """The tiles of a request that are out are left to its head."""
     for other in range(s.top):
-        if s.is_active[other] and s.parent[other] == slot:
-            s.left_s[slot] += w.tiles[s.tile[other], ALONE_S]
+        sibling = s.slots[other]
+        if sibling.is_active and sibling.parent == slot:
+            s.slots[slot].left_s += w.tiles[sibling.tile, ALONE_S]
     recall(w, r, s, slot)
     _make_ready(w, r, s, slot)
 
@@ -169,10 +177,11 @@ def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
 @compiled
 def recall(w: World, r: Plans, s: Lane, slot: int) -> None:
     """The tiles of a request that are out are wanted no more."""
-    s.num_out[slot] = 0
+    s.slots[slot].num_out = 0
     for other in range(s.top):
-        if s.is_active[other] and s.parent[other] == slot:
-            if s.place[other] == NODE_QUEUE or s.place[other] == NODE_RUN:
+        sibling = s.slots[other]
+        if sibling.is_active and sibling.parent == slot:
+            if sibling.place == NODE_QUEUE or sibling.place == NODE_RUN:
                 nodes.give_up(w, r, s, other)
             _drop(s, other)
 
@@ -180,13 +189,14 @@ def recall(w: World, r: Plans, s: Lane, slot: int) -> None:
 @compiled
 def _make_ready(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Nothing of a request is out any more: its head is to go on, ahead of what waits."""
-    s.version[slot] += 1  # no more giving up
-    s.is_span_open[slot] = False
-    s.place[slot] = NODE_READY
-    s.queued[slot] = next_sequence(s)
-    s.queued_s[slot] = s.now_s
-    if s.node_slot[s.server[slot]] < 0:
-        nodes.schedule(w, r, s, s.server[slot])
+    request = s.slots[slot]
+    request.version += 1  # no more giving up
+    request.is_span_open = False
+    request.place = NODE_READY
+    request.queued = next_sequence(s)
+    request.queued_s = s.now_s
+    if s.nodes[request.server].slot < 0:
+        nodes.schedule(w, r, s, request.server)
 
 
 # --- a tile of another node -------------------------------------------------------------------------------------------
@@ -195,22 +205,23 @@ def _make_ready(w: World, r: Plans, s: Lane, slot: int) -> None:
 @compiled
 def _send(w: World, r: Plans, s: Lane, slot: int, at: int) -> bool:
     """Send a tile off; False when so much is under way that there is no slot for it."""
+    request = s.slots[slot]
     own = links.free_slot(s)
     if own < 0:
         return False
-    s.is_active[own] = True
-    s.parent[own], s.tile[own] = slot, at
-    s.client[own] = -1
-    s.number[own], s.row[own], s.hop[own] = s.number[slot], s.row[slot], 0
-    s.deadline_at_s[own], s.guard_s[own] = s.deadline_at_s[slot], math.inf
-    s.local[own], s.is_remote[own] = 0, False
-    s.num_out[slot] += 1
+    s.slots[own].is_active = True
+    s.slots[own].parent, s.slots[own].tile = slot, at
+    s.slots[own].client = -1
+    s.slots[own].number, s.slots[own].row, s.slots[own].hop = request.number, request.row, 0
+    s.slots[own].deadline_at_s, s.slots[own].guard_s = request.deadline_at_s, math.inf
+    s.slots[own].local, s.slots[own].is_remote = 0, False
+    request.num_out += 1
     there = int(w.tiles[at, THERE])
     links.delay(s, own, _crossing_s(w, r, s, there, w.tiles[at, THERE_BYTES], w.tiles[at, FIXED_S]), DO_COMPUTE)
     rtt_s, bps = links.rtt_at(w, r, ZERO, there, s.now_s), links.newest_bps(w, s, links.server_of(r, ZERO, there))
     if not math.isnan(bps):
         rtt_s += (w.tiles[at, THERE_BYTES] + w.tiles[at, BACK_BYTES]) * 8.0 / bps
-    s.crossing_s[slot] = max(s.crossing_s[slot], rtt_s)
+    request.crossing_s = max(request.crossing_s, rtt_s)
     return True
 
 
@@ -224,41 +235,42 @@ def _crossing_s(w: World, r: Plans, s: Lane, link: int, nbytes: float, fixed_s: 
 @compiled
 def reach(w: World, r: Plans, s: Lane, slot: int) -> None:
     """What a tile's delay led to."""
-    tile = w.tiles[s.tile[slot]]
-    todo = s.todo[slot]
+    tile = w.tiles[s.slots[slot].tile]
+    todo = s.slots[slot].todo
     if links.is_broken(w, r, ZERO, int(tile[THERE]), s.now_s):
-        s.place[slot] = NOWHERE  # lost on the way: nobody will tell
+        s.slots[slot].place = NOWHERE  # lost on the way: nobody will tell
     elif todo == DO_COMPUTE:
-        if s.now_s >= s.deadline_at_s[slot] or not nodes.arrive(w, r, s, slot, int(tile[NODE_AT])):
+        if s.now_s >= s.slots[slot].deadline_at_s or not nodes.arrive(w, r, s, slot, int(tile[NODE_AT])):
             miss(w, r, s, slot)
     else:
-        request = wide(s.parent[slot])
+        request = wide(s.slots[slot].parent)
         if todo == DO_MISS:
-            s.left_s[request] += tile[ALONE_S]
+            s.slots[request].left_s += tile[ALONE_S]
         _drop(s, slot)
-        s.num_out[request] -= 1
-        if s.num_out[request] == 0 and s.place[request] == GATHERING:
+        s.slots[request].num_out -= 1
+        if s.slots[request].num_out == 0 and s.slots[request].place == GATHERING:
             _make_ready(w, r, s, request)
 
 
 @compiled
 def miss(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Tell the head that a tile is not to come; the notice is a small message."""
-    links.delay(s, slot, links.rtt_at(w, r, ZERO, int(w.tiles[s.tile[slot], BACK]), s.now_s) / 2.0, DO_MISS)
+    links.delay(s, slot, links.rtt_at(w, r, ZERO, int(w.tiles[s.slots[slot].tile, BACK]), s.now_s) / 2.0, DO_MISS)
 
 
 @compiled
 def computed(w: World, r: Plans, s: Lane, node: int) -> None:
     """A tile is done at its node: send it back."""
     slot = nodes.done(w, r, s, node)
-    tile = w.tiles[s.tile[slot]]
+    request = s.slots[slot]
+    tile = w.tiles[request.tile]
     if w.course.grid[DOWN + node, links.step_of(s.now_s)] > 0.0:
-        s.place[slot] = NOWHERE
+        request.place = NOWHERE
     else:
         links.delay(s, slot, _crossing_s(w, r, s, int(tile[BACK]), tile[BACK_BYTES], tile[FIXED_S]), DO_RETURN)
 
 
 @compiled
 def _drop(s: Lane, slot: int) -> None:
-    s.parent[slot] = -1
+    s.slots[slot].parent = -1
     links.release(s, slot)
