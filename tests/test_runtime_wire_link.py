@@ -180,11 +180,9 @@ def test_the_long_run_mean_stays_between_the_extremes(seconds):
     assert low * 0.999 <= mean <= high * 1.001
 
 
-def test_a_report_carries_a_state_and_ages_it():
+def test_a_report_carries_a_state():
     state = LinkState("edge", "cloud", (LinkSample(1.0, 5e6), LinkSample(2.0, 6e6)), 5.5e6, 0.01, 12)
     assert from_report(to_report(state), "edge") == state
-    aged = from_report(to_report(state), "edge", extra_age_s=0.5)
-    assert [s.age_s for s in aged.samples] == [1.5, 2.5]
 
 
 # --- probes ---------------------------------------------------------------------------------------------------------

@@ -180,14 +180,12 @@ def to_report(state: LinkState) -> LinkReport:
     )
 
 
-def from_report(report: LinkReport, source: str, *, extra_age_s: float = 0.0) -> LinkState:
-    """Read a link's state from a report of `source`, aged by the time since the report was made."""
+def from_report(report: LinkReport, source: str) -> LinkState:
+    """Read a link's state from a report of `source`, as old as it was when that was made."""
     return LinkState(
         source=source,
         target=report.target,
-        samples=tuple(
-            LinkSample(age_s=age_s + extra_age_s, bandwidth_bps=bps) for age_s, bps in report.samples[:SAMPLES]
-        ),
+        samples=tuple(LinkSample(age_s=age_s, bandwidth_bps=bps) for age_s, bps in report.samples[:SAMPLES]),
         mean_bandwidth_bps=report.mean_bandwidth_bps,
         rtt_s=report.rtt_s,
         backlog_bytes=report.backlog_bytes,
