@@ -133,13 +133,13 @@ class Episodes:
 
     @property
     def observations(self) -> Observation:
-        """What every lane's device knows at its request at hand, forks last; changes with the next step."""
+        """What every lane's device knows at its request at hand, forks last; changes with the next step, unless given away."""
         return self._twin.seen._asdict()
 
     def give_observations(self) -> None:
-        """Leave the observations to whoever has them: all that comes is written into other arrays.
+        """Leave the observations to whoever has them: what is seen next is written into new arrays.
 
-        Those hold nothing of a lane until it is started or stepped.
+        What the new ones hold of a lane means nothing until it is started or stepped.
         """
         self._twin.give_seen()
 

@@ -87,9 +87,9 @@ class Twin:
         self._num_tiles = [0] * num_lanes
 
     def give_seen(self) -> None:
-        """Leave the arrays of what is seen to whoever has them; what is seen next is written into others.
+        """Leave the arrays of what is seen to whoever has them; what is seen next is written into new ones.
 
-        Those hold nothing of a lane until it is started or stepped.
+        What the new ones hold of a lane means nothing until it is started or stepped.
         """
         num_all = len(self._homes)
         self.seen = layout.Seen(

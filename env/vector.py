@@ -67,6 +67,7 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
         self._seed: int | None = None
         self._ages = np.zeros(num_envs, dtype=np.int64)
         self._first_ages = self._lanes * num_requests // num_envs if staggered else self._ages.copy()
+        self._masks: npt.NDArray[np.bool_] | None = None
         self._is_open = True
 
     def reset(
@@ -88,7 +89,7 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
         self._episodes.give_observations()
         self._start(self._lanes)
         self._ages[:] = self._first_ages
-        return self._episodes.observations, {}
+        return self._look(), {}
 
     def _start(self, lanes: npt.NDArray[np.int64]) -> None:
         assert self._seed is not None
@@ -104,12 +105,16 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
         Raises:
             ResetNeeded: before the first `reset`.
             ClosedEnvironmentError: after `close`.
+            ConfigError: when there is not one action per environment.
         """
         self._check_open()
         if self._seed is None:
             raise ResetNeeded("expected running episodes, got none: call reset() before step()")
+        chosen = np.asarray(actions, dtype=np.int64)
+        if chosen.shape != (self.num_envs,):
+            raise ConfigError(f"expected one action for each of {self.num_envs} environments, got shape {chosen.shape}")
         self._episodes.give_observations()  # to copy them would take as long as to write them
-        rewards, is_over, completed = self._episodes.step(self._lanes, np.asarray(actions, dtype=np.int64))
+        rewards, is_over, completed = self._episodes.step(self._lanes, chosen)
         self._ages += 1
         is_over = is_over | (self._ages >= self._episodes.num_requests)
         infos: dict[str, Any] = {"completed": completed}
@@ -122,15 +127,27 @@ class SplitInferenceVectorEnv(VectorEnv[Observation, npt.NDArray[np.int64], npt.
             infos["final_info"], infos["_final_info"] = {}, is_over.copy()
             self._start(ended)
             self._ages[ended] = 0
-        return self._episodes.observations, rewards, np.zeros(self.num_envs, dtype=np.bool_), is_over, infos
+        return self._look(), rewards, np.zeros(self.num_envs, dtype=np.bool_), is_over, infos
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """Which actions need no node that is down, shape (num_envs, K)."""
-        return self._episodes.observations["mask"].astype(np.bool_)
+        """Which actions need no node that is down, shape (num_envs, K).
+
+        Raises:
+            ResetNeeded: before the first `reset`.
+        """
+        if self._masks is None:
+            raise ResetNeeded("expected running episodes, got none: call reset() before action_masks()")
+        return self._masks
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the environments; they cannot be used any more."""
         self._is_open = False
+
+    def _look(self) -> Observation:
+        """What is seen, the caller's from now on; of the masks we keep a copy."""
+        seen = self._episodes.observations
+        self._masks = seen["mask"].astype(np.bool_)
+        return seen
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -131,8 +131,17 @@ def test_misuse_is_refused_by_name():
     many = SplitInferenceVectorEnv(2, sites=SITES, num_requests=3)
     with pytest.raises(ResetNeeded):
         many.step(np.zeros(2, dtype=np.int64))
+    with pytest.raises(ResetNeeded):
+        many.action_masks()
     with pytest.raises(ConfigError, match="one seed"):
         many.reset(seed=[1, 2])
+    rows, _ = many.reset(seed=1)
+    before = {key: row.copy() for key, row in rows.items()}
+    with pytest.raises(ConfigError, match="one action for each of 2"):
+        many.step(np.zeros(3, dtype=np.int64))
+    rows["mask"][:] = 0  # the caller's own
+    assert np.array_equal(many.action_masks(), before["mask"] > 0)
+    assert np.array_equal(rows["context"], before["context"])
     many.close()
     with pytest.raises(ClosedEnvironmentError):
         many.reset()

@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +9,7 @@ import pytest
 
 from env.catalogue import make_sites
 from env.draw import MAX_STEPS, SCENARIOS
-from env.kernel import device, hear, life, links, nodes
+from env.kernel import device, hear, layout, life, links, nodes
 from env.scenario import SyntheticScenario
 from env.traces import GRID_S
 from env.twin import OUTCOMES, Twin
@@ -307,3 +310,35 @@ def test_constants_are_those_of_the_runtime():
 def test_too_large_a_world_is_refused_by_name(site):
     with pytest.raises(ConfigError, match="at most 3 edge nodes, 6 clients and 2 requests, got 1, 1 and 3"):
         Twin(1, 2).load(0, site, still_world(site, [2.0, 3.0, 4.0]))
+
+
+# --- records and plain Python -------------------------------------------------------------------------------------------
+
+
+def play_overlapping():
+    """Play requests that overlap: their latencies, then what is seen."""
+    site, lane = toy_site(), np.array([0])
+    twin = Twin(1, 9)
+    twin.load(0, site, still_world(site, [2.0 + 0.05 * at for at in range(9)]))
+    latency_s = twin.start(lane)[0, :8]
+    for _ in range(4):
+        twin.step(lane, lane)
+    return [*latency_s.tolist(), *(float(rows.sum()) for rows in twin.seen)]
+
+
+def test_fields_of_records_are_not_hidden_by_numpy():
+    forms = [form for form in vars(layout).values() if isinstance(form, np.dtype)]
+    assert len(forms) > 10
+    names = {name for form in forms for name in form.names or ()}
+    assert not names & set(dir(np.record))
+
+
+def test_plain_python_plays_what_is_compiled():
+    run = subprocess.run(
+        [sys.executable, "-c", "from tests.test_env_twin import play_overlapping; print(*play_overlapping())"],
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [float(word) for word in run.stdout.split()] == pytest.approx(play_overlapping(), rel=1e-9)

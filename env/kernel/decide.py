@@ -105,10 +105,10 @@ def _read_link(w: World, r: Plans, s: Lane, out: State, client: int, link: int) 
     out.rate_cap_bps[link] = math.inf
     flying = wire.slot != -1
     if flying:
-        out.backlog_bytes[link] = wire.nbytes
+        out.backlog_bytes[link] = wire.sent_bytes
         if source == 0:
             elapsed_s = now_s - wire.start_s
-            out.rate_cap_bps[link] = wire.nbytes * 8.0 / max(elapsed_s, 1e-9)
+            out.rate_cap_bps[link] = wire.sent_bytes * 8.0 / max(elapsed_s, 1e-9)
     for slot in range(s.top):
         request = s.slots[slot]
         if request.is_active and request.place == LINK_QUEUE and request.server == server:
@@ -147,8 +147,8 @@ def device_backlog_s(r: Plans, s: Lane, client: int) -> float:
     """Predicted seconds of everything that waits or runs on a device."""
     device = s.clients[client]
     total = 0.0
-    if device.device_slot >= 0:
-        total += max(device.device_predicted_end_s - s.now_s, 0.0)
+    if device.slot >= 0:
+        total += max(device.predicted_end_s - s.now_s, 0.0)
     for slot in range(s.top):
         request = s.slots[slot]
         if request.is_active and request.client == client:
@@ -229,7 +229,7 @@ def _glance_link(w: World, r: Plans, s: Lane, v: View, client: int, link: int) -
             bps = _tuned_bps(w, s, server, newest, known)
             if source == 0 and wire.slot != -1:
                 flying_s = max(s.now_s - wire.start_s, 1e-9)
-                bps = min(bps, wire.nbytes * 8.0 / flying_s)
+                bps = min(bps, wire.sent_bytes * 8.0 / flying_s)
             v.s_per_byte[link] = max(bps, MIN_BANDWIDTH_BPS)
 
 
@@ -265,7 +265,7 @@ def _glance_backlogs(w: World, r: Plans, s: Lane, v: View, client: int) -> None:
             v.half_rtt_s[link] *= 0.5
             server = server_of(r, client, link)
             wire = s.servers[server]
-            v.backlog_bytes[link] = wire.nbytes if wire.slot != -1 else 0.0
+            v.backlog_bytes[link] = wire.sent_bytes if wire.slot != -1 else 0.0
     for slot in range(s.top):
         request = s.slots[slot]
         if request.is_active and request.place == LINK_QUEUE:

@@ -17,7 +17,7 @@ HAND_OVER_FRAC = 0.1
 """As in `runtime.device.request`, which needs torch."""
 
 LOCAL_NONE, LOCAL_WANTED, LOCAL_QUEUED, LOCAL_RUNS = constants(4)
-"""Stages of a local completion (`Lane.local`); wanted: it waits for the request's own share to end."""
+"""Stages of a local completion (`SLOT`, `local`); wanted: it waits for the request's own share to end."""
 
 
 @compiled
@@ -45,12 +45,12 @@ def queue_completion(w: World, r: Plans, s: Lane, slot: int) -> None:
 def start_next(w: World, r: Plans, s: Lane, client: int) -> None:
     """Start what comes first, when nothing runs."""
     device = s.clients[client]
-    if device.device_slot >= 0:
+    if device.slot >= 0:
         return
     slot, is_local = _pick(s, client)
-    request = s.slots[slot]
     if slot < 0:
         return
+    request = s.slots[slot]
     row, now_s = request.row, s.now_s
     plan = r.rows[row]
     idle_s = remainder_s(r, s, slot) if is_local else plan.idle_s[0]
@@ -63,15 +63,15 @@ def start_next(w: World, r: Plans, s: Lane, client: int) -> None:
             s.is_warm[plan.segment[0]] = True
             cold_s = COLD_S + idle_s
     noise = request.noise[0]
-    device.device_slot = slot
-    device.device_is_local = is_local
-    device.device_predicted_end_s = now_s + idle_s
+    device.slot = slot
+    device.is_local = is_local
+    device.predicted_end_s = now_s + idle_s
     push(
         s,
         now_s + (idle_s + cold_s) * noise * contention_at(w, ZERO, now_s),
         DEVICE,
         client,
-        device.device_version,
+        device.version,
     )
     watch(r, s, client)
 
@@ -94,8 +94,8 @@ def _pick(s: Lane, client: int) -> tuple[int, bool]:
 def stop(s: Lane, client: int) -> None:
     """End what runs; its event no longer counts."""
     device = s.clients[client]
-    device.device_slot = -1
-    device.device_version += 1
+    device.slot = -1
+    device.version += 1
 
 
 @compiled
@@ -115,9 +115,9 @@ def guard_at_s(r: Plans, s: Lane, slot: int) -> float:
         sibling = s.slots[other]
         if sibling.is_active and sibling.client == client and sibling.local == LOCAL_QUEUED:
             at_s -= remainder_s(r, s, other)
-    if device.device_slot >= 0:
+    if device.slot >= 0:
         # While a piece runs its rest shrinks as the deadline comes nearer: it is late now, or not before its end.
-        end_s = device.device_predicted_end_s
+        end_s = device.predicted_end_s
         if end_s > now_s and at_s <= end_s:
             return float(now_s)
     return float(max(at_s, now_s))

@@ -47,7 +47,7 @@ def is_current(s: Lane, at: int) -> bool:
     """Tell whether an event still means anything."""
     kind, what, version = s.events[at].kind, s.events[at].what, s.events[at].version
     if kind == DEVICE:
-        return bool(s.clients[what].device_version == version)
+        return bool(s.clients[what].version == version)
     if kind == DELAY:
         return bool(s.slots[what].version == version)
     if kind == LINK:

@@ -31,7 +31,7 @@ def tick(w: World, r: Plans, s: Lane) -> None:
     step = links.step_of(now_s)
     for node in range(1, r.num_nodes):
         length = nodes.queue_length(w, r, s, node, now_s)
-        k, q_s = nodes.load_factor(s, node, now_s), nodes.queue_delay_s(s, node, now_s)
+        k, q_s = nodes.load_at(s, node, now_s)
         busy = nodes.busy_frac(s, node, now_s)
         if not (w.course.grid[DOWN + node, step] > 0.0):
             for client in range(r.num_clients):
@@ -70,11 +70,11 @@ def hear_reply(w: World, r: Plans, s: Lane, slot: int) -> None:
     said_s = now_s - links.rtt_at(w, r, client, wide(plan.link[3]), now_s) / 2.0
     for tier in (1, 2):
         node = wide(plan.node[tier])
-        if node > 0 and plan.has_layers[tier] > 0.0 and said_s > s.known[client, node].heard_s:
-            s.known[client, node].heard_s = said_s
-            s.known[client, node].k = nodes.load_factor(s, node, said_s)
-            s.known[client, node].q_s = nodes.queue_delay_s(s, node, said_s)
-            s.known[client, node].length = nodes.queue_length(w, r, s, node, now_s)
+        known = s.known[client, node]
+        if node > 0 and plan.has_layers[tier] > 0.0 and said_s > known.heard_s:
+            known.heard_s = said_s
+            known.k, known.q_s = nodes.load_at(s, node, said_s)
+            known.length = nodes.queue_length(w, r, s, node, now_s)
 
 
 @compiled

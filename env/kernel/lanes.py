@@ -27,7 +27,7 @@ def blank_lane() -> Lane:
     """A lane before anything has happened, in an array."""
     lane = make_records(LANE, 1)
     for records, name in (
-        ("clients", "device_slot"),
+        ("clients", "slot"),
         ("clients", "in_force"),
         ("servers", "slot"),
         ("nodes", "slot"),

@@ -16,7 +16,7 @@ LINKS = NODES * (NODES - 1)
 
 CLIENTS = 6
 ROWS = 128
-"""Candidates, then plans that are none."""
+"""Candidates, then room for other plans; of all only the first `PLANS.num_rows` are looked at."""
 
 SLOTS = 96
 """Requests under way in one lane, and tiles that are out; one more request is refused and counts as failed, one more tile is
@@ -188,9 +188,9 @@ ENDING = np.dtype(_fields(_I, "number outcome") + _fields(_F, "latency_s"), alig
 """A request that has ended."""
 
 CLIENT = np.dtype(
-    _fields(_I, "next_request device_slot device_version in_force error_count")
-    + _fields(_B, "device_is_local")
-    + _fields(_F, "device_predicted_end_s")
+    _fields(_I, "next_request slot version in_force error_count")
+    + _fields(_B, "is_local")
+    + _fields(_F, "predicted_end_s")
     + _fields(_F, "errors", SAMPLES),
     align=True,
 )
@@ -198,14 +198,14 @@ CLIENT = np.dtype(
 
 SERVER = np.dtype(
     _fields(_I, "slot version meter_count")  # in flight: -1 nothing, -2 a probe
-    + _fields(_F, "start_s nbytes measured_s"),  # the last: of the newest sample
+    + _fields(_F, "start_s sent_bytes measured_s"),  # the last: of the newest sample
     align=True,
 )
 """A link, with what its sender measured."""
 
 NODE = np.dtype(
-    # The request that runs, when all that has started is done, background requests taken in, jobs started, service of
-    # all started; and the same as of the last `nodes._save`.
+    # The request that runs and the version of its event; background requests taken in and jobs started; when all that has
+    # started is done, and the service of all that. Saved: as of the last `nodes._save`.
     _fields(_I, "slot version bg jobs saved_bg saved_jobs") + _fields(_F, "free_s busy_s saved_free_s saved_busy_s"),
     align=True,
 )

@@ -47,10 +47,10 @@ def submit(w: World, requests: Requests, r: Plans, s: Lane, client: int, row: in
     if device.next_request < r.num_requests:
         push(s, requests[client, number + 1, ARRIVES], ARRIVAL, client, ZERO)
     slot = links.free_slot(s)
-    request = s.slots[slot]
     if slot < 0:
         _record(s, client, number, math.inf, FAILED)
         return
+    request = s.slots[slot]
     request.is_active = True
     request.client, request.number, request.row = client, number, row
     request.arrived_s = s.now_s
@@ -124,7 +124,7 @@ def finish_here(w: World, r: Plans, s: Lane, slot: int) -> None:
         return  # nothing to do but wait for the deadline
     client = request.client
     device = s.clients[client]
-    is_stage_running = device.device_slot == slot and not device.device_is_local
+    is_stage_running = device.slot == slot and not device.is_local
     if is_stage_running and not request.is_stage_done:
         request.local = LOCAL_WANTED
     else:
@@ -151,7 +151,7 @@ def end(w: World, r: Plans, s: Lane, slot: int, outcome: int) -> None:
     if outcome != REMOTE and request.is_remote:
         _unanswered(s, client, request.target)
         withdraw(w, r, s, slot)
-    if device.device_slot == slot:  # the answer came while the device was at it too
+    if device.slot == slot:  # the answer came while the device was at it too
         dev.stop(s, client)
     request.local = LOCAL_NONE
     links.release(s, slot)
@@ -189,31 +189,35 @@ def withdraw(w: World, r: Plans, s: Lane, slot: int) -> None:
 
 @compiled
 def _admits(s: Lane, client: int, node: int) -> bool:
-    if s.known[client, node].breaker == _OPEN and s.now_s >= s.known[client, node].retry_s:
-        s.known[client, node].breaker = _HALF_OPEN
+    known = s.known[client, node]
+    if known.breaker == _OPEN and s.now_s >= known.retry_s:
+        known.breaker = _HALF_OPEN
         return True
-    return bool(s.known[client, node].breaker == _CLOSED)
+    return bool(known.breaker == _CLOSED)
 
 
 @compiled
 def answered(s: Lane, client: int, node: int) -> None:
     """A node has answered, be it with *busy*: its breaker is closed."""
-    s.known[client, node].breaker, s.known[client, node].failures = _CLOSED, 0
-    s.known[client, node].cool_down_s = COOL_DOWN_S
+    known = s.known[client, node]
+    known.breaker, known.failures = _CLOSED, 0
+    known.cool_down_s = COOL_DOWN_S
 
 
 @compiled
 def _unanswered(s: Lane, client: int, node: int) -> None:
-    s.known[client, node].failures += 1
-    if s.known[client, node].breaker == _HALF_OPEN:
-        s.known[client, node].cool_down_s = min(2.0 * s.known[client, node].cool_down_s, COOL_DOWN_MAX_S)
-    elif s.known[client, node].breaker == _OPEN or s.known[client, node].failures < FAILURES_TO_OPEN:
+    known = s.known[client, node]
+    known.failures += 1
+    if known.breaker == _HALF_OPEN:
+        known.cool_down_s = min(2.0 * known.cool_down_s, COOL_DOWN_MAX_S)
+    elif known.breaker == _OPEN or known.failures < FAILURES_TO_OPEN:
         return
-    s.known[client, node].breaker = _OPEN
-    s.known[client, node].retry_s = s.now_s + s.known[client, node].cool_down_s
+    known.breaker = _OPEN
+    known.retry_s = s.now_s + known.cool_down_s
 
 
 @compiled
 def lost(s: Lane, client: int, node: int) -> None:
     """The link is gone: nothing but hearing from the node helps."""
-    s.known[client, node].breaker, s.known[client, node].retry_s = _OPEN, math.inf
+    known = s.known[client, node]
+    known.breaker, known.retry_s = _OPEN, math.inf

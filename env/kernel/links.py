@@ -30,10 +30,10 @@ from env.traces import GRID_S
 from runtime.planning.estimators import MIN_BANDWIDTH_BPS, TunedSettings
 
 NOWHERE, DEVICE_QUEUE, LINK_QUEUE, LINK_FLIGHT, NODE_QUEUE, NODE_RUN, DELAYED, NODE_READY, GATHERING = constants(9)
-"""Places of a request's remote part (`Lane.place`). The last two: at its head, all tiles back or some still out."""
+"""Places of a request's remote part (`SLOT`, `place`). The last two: at its head, all tiles back or some still out."""
 
 DO_SEND, DO_ARRIVE, DO_FAIL, DO_FINISH, DO_COMPUTE, DO_RETURN, DO_MISS, DO_GIVE_UP = constants(8)
-"""What a delay leads to (`Lane.todo`); the last four with tiles: at its node, back, not to come, waited for too long."""
+"""What a delay leads to (`SLOT`, `todo`); the last four with tiles: at its node, back, not to come, waited for too long."""
 
 LOST_AFTER_S = 2.0
 """As in `runtime.wire.events.Limits`."""
@@ -220,7 +220,7 @@ def _occupy(w: World, r: Plans, s: Lane, server: int, what: int, nbytes: float) 
     end_s = transfer_end(w, r, client, link, now_s, nbytes)
     wire.slot = what
     wire.start_s = now_s
-    wire.nbytes = nbytes
+    wire.sent_bytes = nbytes
     push(s, end_s + rtt_at(w, r, client, link, end_s), LINK, server, wire.version)
     return end_s
 
@@ -239,7 +239,7 @@ def acknowledged(w: World, r: Plans, s: Lane, server: int) -> None:
     link, now_s = server % LINKS, s.now_s
     if not is_broken(w, r, client, link, now_s):
         elapsed_s = now_s - wire.start_s
-        add_sample(w, s, server, now_s, wire.nbytes, elapsed_s, rtt_at(w, r, client, link, now_s))
+        add_sample(w, s, server, now_s, wire.sent_bytes, elapsed_s, rtt_at(w, r, client, link, now_s))
     free(w, r, s, server)
 
 
@@ -265,17 +265,3 @@ def first_waiting(s: Lane, place: int, server: int) -> int:
                 best_queued = request.queued
                 best = slot
     return best
-
-
-@compiled
-def backlog_bytes(w: World, r: Plans, s: Lane, server: int) -> float:
-    """Bytes that wait for a link, and those in flight whole."""
-    wire = s.servers[server]
-    total = 0.0
-    if wire.slot != -1:
-        total += wire.nbytes
-    for slot in range(s.top):
-        request = s.slots[slot]
-        if request.is_active and request.place == LINK_QUEUE and request.server == server:
-            total += hop_bytes(w, r, s, slot)
-    return total

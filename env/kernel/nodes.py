@@ -237,8 +237,8 @@ def _start_tile(w: World, r: Plans, s: Lane, node: int, slot: int) -> None:
 @compiled
 def head_noise(w: World, s: Lane, slot: int) -> float:
     """Factor on the service of a request's edge share; its tiles have the same."""
-    request = s.slots[slot].parent if s.slots[slot].parent >= 0 else slot
-    return float(s.slots[request].noise[1])
+    owner = s.slots[slot].parent if s.slots[slot].parent >= 0 else slot
+    return float(s.slots[owner].noise[1])
 
 
 @compiled
@@ -300,31 +300,26 @@ def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
 
 
 @compiled
-def load_factor(s: Lane, node: int, at_s: float) -> float:
-    """K as `runtime.node.load.NodeLoad` has it: mean ratio of the last segments that ended in the window."""
-    total, count, jobs = 0.0, 0, s.nodes[node].jobs
+def load_at(s: Lane, node: int, at_s: float) -> tuple[float, float]:
+    """K and q as `runtime.node.load.NodeLoad` has them.
+
+    Returns:
+        Mean ratio of the last segments that ended in the window, and mean wait of the requests that started in it.
+    """
+    ratios, num_ended, waits_s, num_started = 0.0, 0, 0.0, 0
+    jobs, since_s = s.nodes[node].jobs, at_s - WINDOW_S
     for back in range(1, min(jobs, RING) + 1):
         job = s.jobs[node, (jobs - back) & LAST_JOB]
-        if job.end_s <= at_s:
-            if job.end_s < at_s - WINDOW_S or count == WINDOW_LENGTH:
-                break
-            total += job.ratio
-            count += 1
-    return float(min(max(total / count, 1.0), LOAD_FACTOR_MAX)) if count > 0 else 1.0
-
-
-@compiled
-def queue_delay_s(s: Lane, node: int, at_s: float) -> float:
-    """q: mean wait of the requests that started in the window."""
-    total, count, jobs = 0.0, 0, s.nodes[node].jobs
-    for back in range(1, min(jobs, RING) + 1):
-        job = s.jobs[node, (jobs - back) & LAST_JOB]
-        if job.start_s <= at_s:
-            if job.start_s < at_s - WINDOW_S or count == WINDOW_LENGTH:
-                break
-            total += job.wait_s
-            count += 1
-    return total / count if count > 0 else 0.0
+        if job.end_s < since_s:
+            break
+        if job.end_s <= at_s and num_ended < WINDOW_LENGTH:
+            ratios += job.ratio
+            num_ended += 1
+        if since_s <= job.start_s <= at_s and num_started < WINDOW_LENGTH:
+            waits_s += job.wait_s
+            num_started += 1
+    k = min(max(ratios / num_ended, 1.0), LOAD_FACTOR_MAX) if num_ended > 0 else 1.0
+    return k, waits_s / num_started if num_started > 0 else 0.0
 
 
 @compiled

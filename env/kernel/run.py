@@ -200,7 +200,7 @@ def _node_event(w: World, r: Plans, s: Lane, node: int) -> None:
 @compiled
 def _device_event(w: World, r: Plans, s: Lane, client: int) -> None:
     device = s.clients[client]
-    slot, is_local = device.device_slot, device.device_is_local
+    slot, is_local = device.slot, device.is_local
     dev.stop(s, client)
     if is_local:
         end(w, r, s, slot, LOCAL)

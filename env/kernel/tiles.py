@@ -148,9 +148,9 @@ def _gather(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
     patient_s = request.scattered_s + PATIENCE * (own_s + request.crossing_s) + SLACK_S
     left_s = 0.0
     for other in range(s.top):
-        sibling = s.slots[other]
-        if sibling.is_active and sibling.parent == slot:
-            left_s += w.tiles[sibling.tile, ALONE_S]
+        part = s.slots[other]
+        if part.is_active and part.parent == slot:
+            left_s += w.tiles[part.tile, ALONE_S]
     row = request.row
     plan = r.rows[row]
     for at in range(request.tile, plan.first_tile + plan.num_tiles):
@@ -167,9 +167,9 @@ def _gather(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
 def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
     """The tiles of a request that are out are left to its head."""
     for other in range(s.top):
-        sibling = s.slots[other]
-        if sibling.is_active and sibling.parent == slot:
-            s.slots[slot].left_s += w.tiles[sibling.tile, ALONE_S]
+        part = s.slots[other]
+        if part.is_active and part.parent == slot:
+            s.slots[slot].left_s += w.tiles[part.tile, ALONE_S]
     recall(w, r, s, slot)
     _make_ready(w, r, s, slot)
 
@@ -179,9 +179,9 @@ def recall(w: World, r: Plans, s: Lane, slot: int) -> None:
     """The tiles of a request that are out are wanted no more."""
     s.slots[slot].num_out = 0
     for other in range(s.top):
-        sibling = s.slots[other]
-        if sibling.is_active and sibling.parent == slot:
-            if sibling.place == NODE_QUEUE or sibling.place == NODE_RUN:
+        part = s.slots[other]
+        if part.is_active and part.parent == slot:
+            if part.place == NODE_QUEUE or part.place == NODE_RUN:
                 nodes.give_up(w, r, s, other)
             _drop(s, other)
 
