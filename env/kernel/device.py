@@ -51,8 +51,8 @@ def start_next(w: World, r: Plans, s: Lane, client: int) -> None:
     if slot < 0:
         return
     request = s.slots[slot]
-    row, now_s = request.row, s.now_s
-    plan = r.rows[row]
+    now_s = s.now_s
+    plan = r.rows[request.row]
     idle_s = remainder_s(r, s, slot) if is_local else plan.idle_s[0]
     cold_s = 0.0
     if is_local:

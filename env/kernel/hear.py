@@ -65,8 +65,8 @@ def _hear(
 def hear_reply(w: World, r: Plans, s: Lane, slot: int) -> None:
     """An answer tells the load of the nodes it passed."""
     request = s.slots[slot]
-    client, row, now_s = request.client, request.row, s.now_s
-    plan = r.rows[row]
+    client, now_s = request.client, s.now_s
+    plan = r.rows[request.row]
     said_s = now_s - links.rtt_at(w, r, client, wide(plan.link[3]), now_s) / 2.0
     for tier in (1, 2):
         node = wide(plan.node[tier])

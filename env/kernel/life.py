@@ -87,8 +87,8 @@ def stage_done(w: World, r: Plans, s: Lane, slot: int) -> None:
 @compiled
 def _send(w: World, r: Plans, s: Lane, slot: int) -> None:
     request = s.slots[slot]
-    client, row = request.client, request.row
-    plan = r.rows[row]
+    client = request.client
+    plan = r.rows[request.row]
     node = wide(r.link_target[plan.link[0]])
     request.target = node
     if not s.known[client, node].is_up or not _admits(s, client, node):
@@ -103,8 +103,8 @@ def _send(w: World, r: Plans, s: Lane, slot: int) -> None:
 def encode(w: World, r: Plans, s: Lane, slot: int, extra_s: float) -> None:
     """Choose the codec of the present transfer by its sender's newest sample, then send."""
     request = s.slots[slot]
-    row, hop, client = request.row, request.hop, request.client
-    plan = r.rows[row]
+    hop, client = request.hop, request.client
+    plan = r.rows[request.row]
     if hop % 2 == 0 or plan.is_relayed == 0:
         link = wide(plan.link[hop])
         bps = links.newest_bps(w, s, links.server_of(r, client, link))

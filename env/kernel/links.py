@@ -181,8 +181,8 @@ def sum_samples(w: World, server: int, newest: int, count: int) -> tuple[float, 
 def hop_bytes(w: World, r: Plans, s: Lane, slot: int) -> float:
     """Bytes of a request's present transfer."""
     request = s.slots[slot]
-    row, hop = request.row, request.hop
-    plan = r.rows[row]
+    hop = request.hop
+    plan = r.rows[request.row]
     sent = plan.plain_bytes[hop]
     sent += plan.has_input[hop] * request.input_bytes
     return float(sent - plan.saved_bytes[hop]) if request.is_coded else float(sent)

@@ -198,8 +198,8 @@ def start(w: World, r: Plans, s: Lane, node: int) -> int:
         request.place = 0
         schedule(w, r, s, node)
         return int(slot)
-    row, tier = request.row, tier_of(r, s, slot)
-    plan = r.rows[row]
+    tier = tier_of(r, s, slot)
+    plan = r.rows[request.row]
     if plan.num_peers > 0 and (request.place == NODE_READY or request.parent >= 0):
         _start_tile(w, r, s, node, slot)
         return -1

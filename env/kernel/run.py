@@ -102,8 +102,8 @@ def _handle(w: World, r: Plans, s: Lane, kind: int, what: int) -> None:
 def _continue(w: World, r: Plans, s: Lane, slot: int) -> None:
     """A request's delay has passed."""
     request = s.slots[slot]
-    todo, client, row, hop = request.todo, request.client, request.row, request.hop
-    plan = r.rows[row]
+    todo, client, hop = request.todo, request.client, request.hop
+    plan = r.rows[request.row]
     if todo == DO_SEND:
         links.enqueue(w, r, s, slot)
     elif todo == DO_ARRIVE:
@@ -135,8 +135,8 @@ def _continue(w: World, r: Plans, s: Lane, slot: int) -> None:
 def _reach_node(w: World, r: Plans, s: Lane, slot: int) -> None:
     """The tensors are at a node: compute, pass on, or be refused."""
     request = s.slots[slot]
-    row, tier = request.row, nodes.tier_of(r, s, slot)
-    plan = r.rows[row]
+    tier = nodes.tier_of(r, s, slot)
+    plan = r.rows[request.row]
     node = wide(plan.node[tier])
     if s.now_s >= request.deadline_at_s:
         _refuse(w, r, s, slot)
@@ -151,8 +151,7 @@ def _reach_node(w: World, r: Plans, s: Lane, slot: int) -> None:
 def _leave_node(w: World, r: Plans, s: Lane, slot: int) -> None:
     """A node's share is done: on to the cloud, or back."""
     request = s.slots[slot]
-    row = request.row
-    plan = r.rows[row]
+    plan = r.rows[request.row]
     if request.hop == 0 and plan.has_hop[1] > 0.0:
         request.hop = 1
     else:
@@ -164,8 +163,8 @@ def _leave_node(w: World, r: Plans, s: Lane, slot: int) -> None:
 def _refuse(w: World, r: Plans, s: Lane, slot: int) -> None:
     """Tell the device that there will be no result; the notice is a small message on the way back."""
     request = s.slots[slot]
-    row, client = request.row, request.client
-    plan = r.rows[row]
+    client = request.client
+    plan = r.rows[request.row]
     back_s = links.rtt_at(w, r, client, wide(plan.link[3]), s.now_s) / 2.0
     if request.hop == 1:
         back_s += links.rtt_at(w, r, ZERO, wide(plan.link[2]), s.now_s) / 2.0

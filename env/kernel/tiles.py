@@ -88,8 +88,7 @@ def weigh_spans(tiles: Tiles, r: Plans, v: View) -> None:
 def proceed(w: World, r: Plans, s: Lane, slot: int, node: int) -> bool:
     """A piece of a head's share is done: go on with what comes next. False when that was all."""
     request = s.slots[slot]
-    row = request.row
-    plan = r.rows[row]
+    plan = r.rows[request.row]
     if request.is_span_open:
         if request.num_out > 0:
             _gather(w, r, s, slot, node)
@@ -110,8 +109,7 @@ def proceed(w: World, r: Plans, s: Lane, slot: int, node: int) -> bool:
 def _open_span(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
     """Send the tiles of other nodes off, then run the own one."""
     request = s.slots[slot]
-    row = request.row
-    plan = r.rows[row]
+    plan = r.rows[request.row]
     first, end = wide(request.tile), wide(plan.first_tile + plan.num_tiles)
     at = first + 1
     request.crossing_s = 0.0
@@ -151,8 +149,7 @@ def _gather(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
         part = s.slots[other]
         if part.is_active and part.parent == slot:
             left_s += w.tiles[part.tile, ALONE_S]
-    row = request.row
-    plan = r.rows[row]
+    plan = r.rows[request.row]
     for at in range(request.tile, plan.first_tile + plan.num_tiles):
         if w.tiles[at, THERE] < 0.0:
             left_s += w.tiles[at, ALONE_S]
