@@ -29,7 +29,16 @@ from env.kernel.layout import (
     View,
     World,
 )
-from env.kernel.links import LAST_SAMPLE, LINK_QUEUE, SAMPLE_RATE, hop_bytes, rtt_at, server_of, sum_samples
+from env.kernel.links import (
+    DEVICE_QUEUE,
+    LAST_SAMPLE,
+    LINK_QUEUE,
+    SAMPLE_RATE,
+    hop_bytes,
+    rtt_at,
+    server_of,
+    sum_samples,
+)
 from env.kernel.tiles import weigh_spans
 from env.world import PEERS
 from runtime.planning.candidates import NUM_CANDIDATES
@@ -152,7 +161,7 @@ def device_backlog_s(r: Plans, s: Lane, client: int) -> float:
     for slot in range(s.top):
         request = s.slots[slot]
         if request.is_active and request.client == client:
-            if request.place == 1:  # DEVICE_QUEUE
+            if request.place == DEVICE_QUEUE:
                 total += r.rows[request.row].idle_s[0]
             if request.local == 2:
                 total += remainder_s(r, s, slot)

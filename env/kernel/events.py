@@ -17,15 +17,10 @@ def push(s: Lane, at_s: float, kind: int, what: int, version: int) -> None:
         count = _compact(s)
     at = count
     while at > 0 and s.events[at - 1].at_s <= at_s:
-        s.events[at].at_s = s.events[at - 1].at_s
-        s.events[at].kind = s.events[at - 1].kind
-        s.events[at].what = s.events[at - 1].what
-        s.events[at].version = s.events[at - 1].version
+        s.events[at] = s.events[at - 1]
         at -= 1
-    s.events[at].at_s = at_s
-    s.events[at].kind = kind
-    s.events[at].what = what
-    s.events[at].version = version
+    event = s.events[at]
+    event.at_s, event.kind, event.what, event.version = at_s, kind, what, version
     s.event_count = count + 1
 
 
@@ -34,10 +29,7 @@ def _compact(s: Lane) -> int:
     kept = 0
     for at in range(s.event_count):
         if is_current(s, at):
-            s.events[kept].at_s = s.events[at].at_s
-            s.events[kept].kind = s.events[at].kind
-            s.events[kept].what = s.events[at].what
-            s.events[kept].version = s.events[at].version
+            s.events[kept] = s.events[at]
             kept += 1
     return kept
 
@@ -45,7 +37,8 @@ def _compact(s: Lane) -> int:
 @compiled
 def is_current(s: Lane, at: int) -> bool:
     """Tell whether an event still means anything."""
-    kind, what, version = s.events[at].kind, s.events[at].what, s.events[at].version
+    event = s.events[at]
+    kind, what, version = event.kind, event.what, event.version
     if kind == DEVICE:
         return bool(s.clients[what].version == version)
     if kind == DELAY:
@@ -55,7 +48,7 @@ def is_current(s: Lane, at: int) -> bool:
     if kind == NODE:
         return bool(s.nodes[what].version == version)
     if kind == GUARD:
-        return bool(s.slots[what].is_active and s.slots[what].guard_s == s.events[at].at_s)
+        return bool(s.slots[what].is_active and s.slots[what].guard_s == event.at_s)
     return True
 
 

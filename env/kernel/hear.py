@@ -39,7 +39,8 @@ def tick(w: World, r: Plans, s: Lane) -> None:
     s.tick_count += 1
     for client in range(r.num_clients):
         for node in range(1, r.num_nodes):
-            if s.known[client, node].is_up and now_s - s.known[client, node].heard_s >= LOST_AFTER_S:
+            known = s.known[client, node]
+            if known.is_up and now_s - known.heard_s >= LOST_AFTER_S:
                 _lose(w, r, s, client, node)
         _probe_links(w, r, s, client)
     push(s, now_s + STATUS_S, TICK, ZERO, ZERO)
@@ -53,11 +54,11 @@ def _hear(
     link = wide(r.back_link[node])
     if links.rate_at(w, r, client, link, s.now_s) <= FLOOR_BPS:
         return
-    s.known[client, node].heard_s = max(s.now_s - links.rtt_at(w, r, client, link, s.now_s) / 2.0, 0.0)
-    s.known[client, node].k, s.known[client, node].q_s = k, q_s
-    s.known[client, node].length, s.known[client, node].busy_frac = length, busy
-    if not s.known[client, node].is_up:
-        s.known[client, node].is_up = True
+    known = s.known[client, node]
+    known.heard_s = max(s.now_s - links.rtt_at(w, r, client, link, s.now_s) / 2.0, 0.0)
+    known.k, known.q_s, known.length, known.busy_frac = k, q_s, length, busy
+    if not known.is_up:
+        known.is_up = True
         answered(s, client, node)
 
 

@@ -206,12 +206,13 @@ def _send(w: World, r: Plans, s: Lane, slot: int, at: int) -> bool:
     own = links.free_slot(s)
     if own < 0:
         return False
-    s.slots[own].is_active = True
-    s.slots[own].parent, s.slots[own].tile = slot, at
-    s.slots[own].client = -1
-    s.slots[own].number, s.slots[own].row, s.slots[own].hop = request.number, request.row, 0
-    s.slots[own].deadline_at_s, s.slots[own].guard_s = request.deadline_at_s, math.inf
-    s.slots[own].local, s.slots[own].is_remote = 0, False
+    part = s.slots[own]
+    part.is_active = True
+    part.parent, part.tile = slot, at
+    part.client = -1
+    part.number, part.row, part.hop = request.number, request.row, 0
+    part.deadline_at_s, part.guard_s = request.deadline_at_s, math.inf
+    part.local, part.is_remote = 0, False
     request.num_out += 1
     there = int(w.tiles[at, THERE])
     links.delay(s, own, _crossing_s(w, r, s, there, w.tiles[at, THERE_BYTES], w.tiles[at, FIXED_S]), DO_COMPUTE)
@@ -232,21 +233,22 @@ def _crossing_s(w: World, r: Plans, s: Lane, link: int, nbytes: float, fixed_s: 
 @compiled
 def reach(w: World, r: Plans, s: Lane, slot: int) -> None:
     """What a tile's delay led to."""
-    tile = w.tiles[s.slots[slot].tile]
-    todo = s.slots[slot].todo
+    part = s.slots[slot]
+    tile = w.tiles[part.tile]
     if links.is_broken(w, r, ZERO, int(tile[THERE]), s.now_s):
-        s.slots[slot].place = NOWHERE  # lost on the way: nobody will tell
-    elif todo == DO_COMPUTE:
-        if s.now_s >= s.slots[slot].deadline_at_s or not nodes.arrive(w, r, s, slot, int(tile[NODE_AT])):
+        part.place = NOWHERE  # lost on the way: nobody will tell
+    elif part.todo == DO_COMPUTE:
+        if s.now_s >= part.deadline_at_s or not nodes.arrive(w, r, s, slot, int(tile[NODE_AT])):
             miss(w, r, s, slot)
     else:
-        request = wide(s.slots[slot].parent)
-        if todo == DO_MISS:
-            s.slots[request].left_s += tile[ALONE_S]
+        head = wide(part.parent)
+        request = s.slots[head]
+        if part.todo == DO_MISS:
+            request.left_s += tile[ALONE_S]
         _drop(s, slot)
-        s.slots[request].num_out -= 1
-        if s.slots[request].num_out == 0 and s.slots[request].place == GATHERING:
-            _make_ready(w, r, s, request)
+        request.num_out -= 1
+        if request.num_out == 0 and request.place == GATHERING:
+            _make_ready(w, r, s, head)
 
 
 @compiled
@@ -259,10 +261,10 @@ def miss(w: World, r: Plans, s: Lane, slot: int) -> None:
 def computed(w: World, r: Plans, s: Lane, node: int) -> None:
     """A tile is done at its node: send it back."""
     slot = nodes.done(w, r, s, node)
-    request = s.slots[slot]
-    tile = w.tiles[request.tile]
+    part = s.slots[slot]
+    tile = w.tiles[part.tile]
     if w.course.grid[DOWN + node, links.step_of(s.now_s)] > 0.0:
-        request.place = NOWHERE
+        part.place = NOWHERE
     else:
         links.delay(s, slot, _crossing_s(w, r, s, int(tile[BACK]), tile[BACK_BYTES], tile[FIXED_S]), DO_RETURN)
 
