@@ -13,6 +13,7 @@ from env.site import Site
 from env.traces import FloatArray
 from env.world import paths_of
 from runtime.planning.candidates import NUM_CANDIDATES
+from runtime.planning.chains import find_chains
 from runtime.planning.cost import sum_layers
 from runtime.planning.features import find_slots
 from runtime.planning.grids import compile_tiles
@@ -81,14 +82,16 @@ def _tiles_of(problem: PlanningProblem, plan: Plan) -> FloatArray:
     rows, graph = compile_tiles(problem, plan), problem.graph
     if rows is None:
         return np.zeros((0, layout.TILE_COLUMNS))
-    head, alone_s = problem.profile.nodes[plan.edge_nodes[0]], list[float]()
-    for span in plan.tiles:
-        tiling = plan_tiles(graph, span)
-        whole_s = sum_layers(head.layer_s, tiling.stage.layers)
-        alone_s += [whole_s, *tile_seconds(graph, tiling, tile_node(head))[1:]]
+    head, left = problem.profile.nodes[plan.edge_nodes[0]], list[FloatArray]()
+    for chain in find_chains(plan.tiles):
+        tiles_s = np.array([tile_seconds(graph, plan_tiles(graph, span), tile_node(head)) for span in chain])
+        replay_s, goes_on = tiles_s.cumsum(axis=0), np.ones(tiles_s.shape)
+        tiles_s[:, 0] = [sum_layers(head.layer_s, tuple(range(span.start, span.stop))) for span in chain]
+        goes_on[0] = 0.0
+        left.append(np.stack([tiles_s.ravel(), replay_s.ravel(), goes_on.ravel()]))
     links = (np.where(rows.is_peer > 0, links, -1) for links in (rows.there, rows.back))
-    columns = (rows.node, *links, rows.idle_s, rows.there_bytes, rows.back_bytes, rows.fixed_s, alone_s)
-    return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+    columns = (rows.node, *links, rows.idle_s, rows.there_bytes, rows.back_bytes, rows.fixed_s)
+    return np.column_stack([*columns, *np.concatenate(left, axis=1)]).astype(np.float64)
 
 
 def number_segments(known: Segments, site: Site, plan: Plan) -> list[int]:

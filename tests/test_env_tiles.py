@@ -109,7 +109,8 @@ def cost_of(site: Site, span: TileSpan, *names: str) -> TileCost:
         )
         for at, name in enumerate(names)
     )
-    return cost_tiles(site.problem.graph, span, nodes)
+    (cost,) = cost_tiles(site.problem.graph, [span], nodes)
+    return cost
 
 
 def way_s(site: Site) -> tuple[float, float]:

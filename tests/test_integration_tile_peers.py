@@ -1,5 +1,6 @@
 """A head and a peer that does as it is told: what crosses between them, and what the head makes of a bad peer."""
 
+import math
 import threading
 from collections.abc import Iterator
 
@@ -10,17 +11,29 @@ import runtime
 from runtime.deployment import Deployment, ModelConfig, NodeConfig
 from runtime.device.session import Session
 from runtime.model.graph import LayerGraph, trace
-from runtime.model.tiles import TileCache
+from runtime.model.halo import TileState
+from runtime.model.tiles import TileSegment
+from runtime.planning.chains import Part, find_parts
 from runtime.planning.tiles import TileNode, cost_tiles
-from runtime.planning.tiling import plan_tiles, region_bytes
+from runtime.planning.tiling import plan_tiles
 from runtime.testbed.process import ManagedProcess
 from runtime.types import Plan, Tier, TileSpan
 from runtime.wire.channel import Hub
 from runtime.wire.codec import AutoCodec
 from runtime.wire.events import Limits, Received, ReceivedData
-from runtime.wire.messages import CAPABILITIES, PROTOCOL_VERSION, Failure, Hello, Result, Status, Submit, Welcome
+from runtime.wire.messages import (
+    CAPABILITIES,
+    PROTOCOL_VERSION,
+    Cancel,
+    Failure,
+    Hello,
+    Result,
+    Status,
+    Submit,
+    Welcome,
+)
 from runtime.wire.pack import Packed, pack, unpack
-from tests.test_integration_tiles import FAR_S, MODEL, TOLERANCE, error, wait_for_peer
+from tests.test_integration_tiles import CHAINED, FAR_S, MODEL, TOLERANCE, error, wait_for_peer
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
@@ -33,10 +46,13 @@ class Peer:
 
     def __init__(self, graph: LayerGraph) -> None:
         self.mood = "right"
+        self.bad_from = 0  # index of the first span that the mood is about
         self.received: list[tuple[Submit, int]] = []
         self.sent_bytes: list[int] = []
         self._spec = graph.spec
-        self._tiles = TileCache(graph)
+        self._model = graph
+        self._states: dict[int, TileState] = {}
+        self.cancelled: list[int] = []
         self._hub = Hub("edge1")
         self.address = self._hub.bind("tcp://127.0.0.1:*", self._welcome)
         self._is_closed = threading.Event()
@@ -52,20 +68,38 @@ class Peer:
                 for event in hub.poll(0.5):
                     if isinstance(event, ReceivedData) and isinstance(event.body, Submit):
                         self._answer(event, event.body)
+                    elif isinstance(event, Received) and isinstance(event.message, Cancel):
+                        self.cancelled.append(event.message.request)
 
     def _answer(self, event: ReceivedData, submit: Submit) -> None:
         self.received.append((submit, sum(len(frame) for frame in event.frames)))
-        if self.mood in ("busy", "error"):
+        assert submit.tile is not None
+        at = submit.tile.span
+        if self.mood in ("busy", "error") and at >= self.bad_from:
             self._hub.send(event.peer, Failure(submit.request, self.mood, "as told", "edge1"))
             return
-        assert submit.tile is not None
-        segment = self._tiles.get(submit.plan.tiles[submit.tile.span], submit.tile.tile)
-        made = segment.run(unpack(Packed(submit.tensors, event.frames), segment.needs, Limits()))
-        if self.mood == "broken":
+        (chain,) = (
+            part.chain
+            for part in self._parts(submit.plan)
+            if part.chain and 0 <= at - part.chain.first < len(part.chain.steps)
+        )
+        step, tile = chain.steps[at - chain.first], submit.tile.tile
+        if at == chain.first:
+            assert submit.tile.run == submit.request
+            self._states[submit.request] = TileState(self._model, tile)
+        state = self._states[submit.tile.run]
+        labels = [piece.label for piece in step.takes[tile]]
+        given = state.take(step, unpack(Packed(submit.tensors, event.frames), labels, Limits()))
+        state.keep(step, TileSegment(self._model, step.tiling, tile).run(given))
+        made = state.give(step.gives[tile])
+        if self.mood == "broken" and at >= self.bad_from:
             made = {name: value[:, :, 1:] for name, value in made.items()}
-        packed = pack(made, segment.makes, "raw", AutoCodec(), float("nan"))
+        packed = pack(made, tuple(made), "raw", AutoCodec(), float("nan"))
         self.sent_bytes.append(packed.nbytes)
         self._hub.send_data(event.peer, Result(submit.request, (), packed.headers), packed.frames, submit.request)
+
+    def _parts(self, plan: Plan) -> tuple[Part, ...]:
+        return find_parts(self._spec, plan, "tensor")
 
     def close(self) -> None:
         self._is_closed.set()
@@ -109,26 +143,34 @@ def session(peer: Peer, model: runtime.Model, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(autouse=True)
 def fresh(peer: Peer) -> None:
-    peer.mood = "right"
+    peer.mood, peer.bad_from = "right", 0
     peer.received.clear()
     peer.sent_bytes.clear()
+    peer.cancelled.clear()
 
 
 def plan(session: Session, spans: tuple[TileSpan, ...] = SPANS) -> Plan:
     return Plan((Tier.EDGE,) * session.graph.num_layers, ("edge0", "edge1"), spans, "raw")
 
 
-def test_just_the_regions_cross_that_the_formula_says(session: Session, peer: Peer, model: runtime.Model) -> None:
+@pytest.mark.parametrize("spans", [SPANS, CHAINED], ids=["apart", "chained"])
+def test_just_the_regions_cross_that_the_formula_says(
+    spans: tuple[TileSpan, ...], session: Session, peer: Peer, model: runtime.Model
+) -> None:
     with torch.inference_mode():
         whole = model.module(model.example)
-    result = session.infer(model.example, plan=plan(session), deadline_s=FAR_S)
+    result = session.infer(model.example, plan=plan(session, spans), deadline_s=FAR_S)
     assert error(result.output, whole) <= TOLERANCE
     assert result.reason == ""
-    tilings = [plan_tiles(session.graph, span) for span in SPANS]
-    assert [nbytes for _, nbytes in peer.received] == [region_bytes(session.graph, t.tiles[1].inputs) for t in tilings]
-    assert peer.sent_bytes == [region_bytes(session.graph, t.tiles[1].outputs) for t in tilings]
+    if spans == SPANS:
+        tilings = [plan_tiles(session.graph, span) for span in SPANS]
+        whole_bytes = {value.name: value.tensor.nbytes for value in session.graph.values}
+        sizes = {value.name: math.prod(value.tensor.shape[2:]) for value in session.graph.values}
+        for (_, nbytes), tiling in zip(peer.received, tilings, strict=True):
+            regions = tiling.tiles[1].inputs
+            assert nbytes == sum(whole_bytes[name] * region.area // sizes[name] for name, region in regions.items())
     nodes = [TileNode((1e-3,) * session.graph.num_layers)] * 2
-    costs = [cost_tiles(session.graph, span, nodes) for span in SPANS]
+    costs = cost_tiles(session.graph, spans, nodes)
     assert [nbytes for _, nbytes in peer.received] == [cost.scatter_bytes[1] for cost in costs]
     assert peer.sent_bytes == [cost.gather_bytes[1] for cost in costs]
 
@@ -148,6 +190,35 @@ def test_a_peer_that_does_not_do_its_tile_is_replaced_by_the_head(
     assert reason in result.reason
     assert "edge0 ran its tile" in result.reason
     assert len(peer.received) == len(SPANS)
+
+
+@pytest.mark.parametrize("mood", ["busy", "error", "broken"])
+@pytest.mark.parametrize("bad_from", [1, 3, 4])
+def test_a_peer_that_goes_bad_within_a_chain_is_replaced_from_its_start_on_and_asked_no_more(
+    mood: str, bad_from: int, session: Session, peer: Peer, model: runtime.Model
+) -> None:
+    """Spans 0 and 1 are one chain, 2, 3 and 4 the other."""
+    with torch.inference_mode():
+        whole = model.module(model.example)
+    peer.mood, peer.bad_from = mood, bad_from
+    result = session.infer(model.example, plan=plan(session, CHAINED), deadline_s=FAR_S)
+    assert error(result.output, whole) <= TOLERANCE
+    assert result.outcome == "remote"
+    assert "edge0 ran its tile" in result.reason
+    asked = [submit.tile.span for submit, _ in peer.received if submit.tile is not None]
+    later_chains = [2] if bad_from == 1 else []  # a chain is begun anew with every node that is there
+    assert set(asked) >= {*range(bad_from + 1), *later_chains}
+    # The head sends borders on before it knows what has come of those before.
+    assert max(asked) <= (3 if bad_from == 1 else bad_from + 1)
+
+
+def test_a_peer_is_told_when_what_it_keeps_is_wanted_no_more(
+    session: Session, peer: Peer, model: runtime.Model
+) -> None:
+    peer.mood, peer.bad_from = "broken", 2
+    session.infer(model.example, plan=plan(session, CHAINED), deadline_s=FAR_S)
+    (begun,) = [submit.request for submit, _ in peer.received if submit.tile is not None and submit.tile.span == 2]
+    wait_for(lambda: begun in peer.cancelled)
 
 
 def test_a_tile_carries_the_time_that_is_left_and_names_its_place(

@@ -31,8 +31,15 @@ SLOW_DOWN = 200.0
 """Makes a tile of this tiny model take some 50 ms, so that there is a time in which its node can be lost."""
 
 ROWS = (TileSpan(0, 2, (15,), ()), TileSpan(3, 6, (8,), ()))
+CHAINED = (
+    *(TileSpan(start, start + 1, (15,), ()) for start in (0, 1)),
+    *(TileSpan(start, start + 1, (8,), ()) for start in (3, 4, 5)),
+)
+"""The same layers, span by span: only borders cross between them."""
+
 GRIDS = (
     ROWS,
+    CHAINED,
     (TileSpan(0, 2, (), (16,)),),
     (TileSpan(1, 2, (20,), ()), TileSpan(3, 5, (), (3,)), TileSpan(5, 6, (8,), ())),
 )
@@ -134,21 +141,27 @@ def test_tiles_of_requests_that_overlap_do_not_mix(
 ) -> None:
     """Both nodes are heads of one half of the requests and peers in the other."""
     n = session.graph.num_layers
-    plans = [Plan((Tier.EDGE,) * n, names, ROWS) for names in (("edge0", "edge1"), ("edge1", "edge0"))]
+    names = ("edge0", "edge1")
+    plans = [Plan((Tier.EDGE,) * n, each, tiles) for tiles in (ROWS, CHAINED) for each in (names, names[::-1])]
     for plan in plans:
         wait_for_peer(session, plan, frames[0])
     with ThreadPoolExecutor(4) as pool:
         futures = [
-            pool.submit(session.infer, frames[i % 4], plan=plans[i // 4 % 2], deadline_s=FAR_S) for i in range(16)
+            pool.submit(session.infer, frames[i % 4], plan=plans[i // 4 % 4], deadline_s=FAR_S) for i in range(32)
         ]
         for i, future in enumerate(futures):
             check(future.result(), whole[i % 4])
 
 
 def kill_during_requests(
-    cluster: Cluster, session: Session, frames: list[torch.Tensor], whole: list[torch.Tensor], times: int
+    cluster: Cluster,
+    session: Session,
+    frames: list[torch.Tensor],
+    whole: list[torch.Tensor],
+    tiles: tuple[TileSpan, ...],
+    times: int,
 ) -> None:
-    plan, deadline_s = plan_tiled(session, ROWS), 5.0
+    plan, deadline_s = plan_tiled(session, tiles), 5.0
     wait_for_peer(session, plan, frames[0])
     took_s = session.infer(frames[0], plan=plan, deadline_s=FAR_S).latency
     assert took_s is not None
@@ -167,25 +180,41 @@ def kill_during_requests(
     assert any("edge0 ran" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize("tiles", [ROWS, CHAINED], ids=["rows", "chained"])
 def test_a_peer_that_is_killed_costs_no_answer(
-    cluster: Cluster, session: Session, frames: list[torch.Tensor], whole: list[torch.Tensor]
+    tiles: tuple[TileSpan, ...],
+    cluster: Cluster,
+    session: Session,
+    frames: list[torch.Tensor],
+    whole: list[torch.Tensor],
 ) -> None:
-    kill_during_requests(cluster, session, frames, whole, times=5)
+    kill_during_requests(cluster, session, frames, whole, tiles, times=4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("tiles", [ROWS, CHAINED], ids=["rows", "chained"])
 def test_fifty_kills_of_a_peer_cost_no_answer(
-    cluster: Cluster, session: Session, frames: list[torch.Tensor], whole: list[torch.Tensor]
+    tiles: tuple[TileSpan, ...],
+    cluster: Cluster,
+    session: Session,
+    frames: list[torch.Tensor],
+    whole: list[torch.Tensor],
 ) -> None:
-    kill_during_requests(cluster, session, frames, whole, times=50)
+    kill_during_requests(cluster, session, frames, whole, tiles, times=50)
 
 
+@pytest.mark.parametrize("tiles", [ROWS, CHAINED], ids=["rows", "chained"])
 @pytest.mark.parametrize("how", ["hangs", "link"])
 def test_a_peer_that_falls_silent_costs_no_answer(
-    how: str, cluster: Cluster, session: Session, frames: list[torch.Tensor], whole: list[torch.Tensor]
+    how: str,
+    tiles: tuple[TileSpan, ...],
+    cluster: Cluster,
+    session: Session,
+    frames: list[torch.Tensor],
+    whole: list[torch.Tensor],
 ) -> None:
-    plan = plan_tiled(session, ROWS)
+    plan = plan_tiled(session, tiles)
     wait_for_peer(session, plan, frames[0])
     if how == "hangs":
         cluster.suspend("edge1")

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from runtime.model.graph import LayerGraph, trace
+from runtime.model.halo import run_tiled
 from runtime.model.inputs import admit
 from runtime.model.segment import Segment
-from runtime.model.tiles import TileSegment, assemble, run_tiled, slice_inputs
 from runtime.model.zoo import Model, load_model
+from runtime.planning.chains import plan_parts
 from runtime.planning.problem import make_stage
 from runtime.planning.tile_search import TileChoice, choose_tiles
 from runtime.planning.tiles import TileNode
-from runtime.planning.tiling import find_spans, overlap_frac, plan_parts, plan_tiles, tile_flops
+from runtime.planning.tiling import find_spans, overlap_frac, plan_tiles, tile_flops
 from runtime.types import Tier
 from tests.nets import follow
 from tests.splitting import all_values
@@ -69,23 +70,22 @@ class Case:
         return TileNode(seconds, bps, bps, 3e-4, 1e-4)
 
     def run(self, choice: TileChoice, x: torch.Tensor, reference: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The model's output with these spans tiled; every tiled span is compared with the reference on the way."""
+        """The model's output with these spans tiled; every chain of spans is compared with the reference on the way."""
         spec = self.graph.spec
         values = dict(admit(spec, x).values)
         stage = make_stage(spec, Tier.EDGE, range(spec.num_stage_layers, spec.num_layers))
         for part in plan_parts(spec, stage, choice.spans):
             given = {name: values[name] for name in part.stage.needs}
-            if part.tiling is None:
+            if part.chain is None:
                 values |= Segment(self.graph, part.stage).run(given)
                 continue
-            made = []
-            for index, tile in enumerate(part.tiling.tiles):
-                made.append(TileSegment(self.graph, part.tiling, index).run(slice_inputs(given, tile.inputs)))
-            values |= assemble(self.graph, part.tiling, made)
-            alone = run_tiled(self.graph, part.tiling.span, reference)
+            values |= run_tiled(self.graph, part.chain.spans, given)
             for name in part.stage.makes:
-                assert error(values[name], reference[name]) <= TOLERANCE, f"{name} in {part.tiling.span}"
-                assert error(alone[name], reference[name]) <= SPAN_TOLERANCE, f"{name} in {part.tiling.span}"
+                assert error(values[name], reference[name]) <= TOLERANCE, f"{name} behind {part.chain.spans}"
+            for span in part.chain.spans:
+                alone = run_tiled(self.graph, [span], reference)
+                for name, value in alone.items():
+                    assert error(value, reference[name]) <= SPAN_TOLERANCE, f"{name} in {span}"
         return values[spec.outputs[0]]
 
 

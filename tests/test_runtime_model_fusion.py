@@ -6,8 +6,9 @@ from torch import nn
 
 from runtime.model.fusion import find_fusions
 from runtime.model.graph import LayerGraph, trace
+from runtime.model.halo import run_tiled
 from runtime.model.inputs import admit
-from runtime.model.tiles import make_tile_graph, run_tiled
+from runtime.model.tile_graph import make_tile_graph
 from runtime.model.zoo import Model
 from runtime.planning.tiling import find_spans, plan_tiles
 from runtime.types import TileSpan
@@ -76,7 +77,7 @@ def test_a_tile_s_convolution_takes_in_what_follows_it(module: Block, left: int)
     assert num_ops(graph) == left
     stop = find_spans(graph.spec)[0].stop
     for span in (TileSpan(0, 1, (4,), (5,)), TileSpan(0, stop, (3, 7), ())):
-        for name, made in run_tiled(graph, span, values).items():
+        for name, made in run_tiled(graph, [span], values).items():
             assert float((made - values[name]).abs().max() / values[name].abs().max()) <= TOLERANCE
 
 

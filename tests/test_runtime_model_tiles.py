@@ -13,11 +13,13 @@ from torch import nn
 from runtime.errors import PlanError, TensorMismatch
 from runtime.model import tiles as tiles_module
 from runtime.model.graph import LayerGraph, trace
+from runtime.model.halo import TileState, assemble, run_tiled
 from runtime.model.inputs import admit
 from runtime.model.segment import Segment
-from runtime.model.tiles import CACHED_PLANS, TileCache, TileSegment, assemble, run_tiled, slice_inputs
+from runtime.model.tiles import CACHED_PLANS, TileCache, TileSegment, slice_inputs
 from runtime.model.zoo import Model, load_model
-from runtime.planning.tiling import Region, Tiling, find_spans, plan_tiles
+from runtime.planning.chains import plan_chain
+from runtime.planning.tiling import Region, TileableSpan, Tiling, find_sizes, find_spans, plan_tiles
 from runtime.types import TileSpan
 from tests.nets import RandomNet, Step, steps, tile_spans
 from tests.splitting import all_values, cross, dim_order, same_bits
@@ -28,6 +30,9 @@ DOUBLE_TOLERANCE = 1e-9
 
 FLOAT_TOLERANCE = 1e-4
 """The same in single precision, where tiles take convolutions with weights laid out beforehand."""
+
+CHAIN_TOLERANCE = 1e-3
+"""The same behind several spans: numbers of random nets grow from layer to layer, and what cancels does not."""
 
 
 def make_graph(
@@ -58,7 +63,7 @@ def try_tiling(graph: LayerGraph, span: TileSpan) -> Tiling | None:
 
 
 def check_tiles(graph: LayerGraph, values: Mapping[str, torch.Tensor], span: TileSpan) -> None:
-    for name, made in run_tiled(graph, span, values).items():
+    for name, made in run_tiled(graph, [span], values).items():
         tolerance = DOUBLE_TOLERANCE if values[name].dtype == torch.float64 else FLOAT_TOLERANCE
         assert_close(made, values[name], tolerance)
 
@@ -87,6 +92,34 @@ def cut(tensor: torch.Tensor, region: Region) -> torch.Tensor:
     return tensor[:, :, slice(*region.rows), slice(*region.cols)]
 
 
+def check_chain(graph: LayerGraph, values: Mapping[str, torch.Tensor], spans: list[TileSpan]) -> None:
+    try:
+        made = run_tiled(graph, spans, values)
+    except PlanError:  # a second output is too small for these lines
+        return
+    assert list(made) == list(plan_chain(graph.spec, spans).stage.makes)
+    for name, tensor in made.items():
+        assert_close(tensor, values[name], DOUBLE_TOLERANCE if tensor.dtype == torch.float64 else CHAIN_TOLERANCE)
+
+
+@st.composite
+def tile_chains(draw: st.DrawFn, graph: LayerGraph, stretch: TileableSpan) -> list[TileSpan]:
+    """Spans that follow each other from the start of a stretch, on as many tiles, each with its own lines."""
+    sizes = find_sizes(graph.spec, (op for layer in graph.spec.layers for op in layer.spatial))
+    grid = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    spans, start = [], stretch.start
+    for stop in sorted(draw(st.sets(st.sampled_from(stretch.stops), min_size=1, max_size=4))):
+        size = sizes[graph.spec.layers[stop - 1].outputs[-1]]
+        assume(all(length >= num for length, num in zip(size, grid, strict=True)))
+        lines = [
+            sorted(draw(st.sets(st.integers(1, length - 1), min_size=num - 1, max_size=num - 1))) if num > 1 else []
+            for length, num in zip(size, grid, strict=True)
+        ]
+        spans.append(TileSpan(start, stop, tuple(lines[0]), tuple(lines[1])))
+        start = stop
+    return spans
+
+
 SLOW = {"suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]}
 
 
@@ -99,6 +132,7 @@ def check_random_net_in_single_precision(plan: list[Step], size: tuple[int, int]
         span = data.draw(tile_spans(graph.spec, data.draw(st.sampled_from(stretches))))
         if try_tiling(graph, span) is not None:
             check_tiles(graph, values, span)
+        check_chain(graph, values, data.draw(tile_chains(graph, data.draw(st.sampled_from(stretches)))))
 
 
 def check_random_net(plan: list[Step], size: tuple[int, int], data: st.DataObject, *, spans: int) -> None:
@@ -113,6 +147,7 @@ def check_random_net(plan: list[Step], size: tuple[int, int], data: st.DataObjec
             check_tiles(graph, values, span)
             index = data.draw(st.integers(0, len(tiling.tiles) - 1))
             check_dependence(graph, values, tiling, index, has_gaps=has_gaps)
+        check_chain(graph, values, data.draw(tile_chains(graph, data.draw(st.sampled_from(stretches)))))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -248,7 +283,7 @@ def test_every_span_between_forks_and_joins_is_exact(span: TileSpan) -> None:
 def test_a_tile_needs_only_its_slices_as_the_wire_delivers_them_and_changes_none() -> None:
     graph, values = mixed()
     span = TileSpan(0, find_spans(graph.spec)[0].stop, (4,), (4,))
-    tiling = plan_tiles(graph.spec, span)
+    tiling, chain = plan_tiles(graph.spec, span), plan_chain(graph.spec, [span])
     parts = []
     for index, tile in enumerate(tiling.tiles):
         given = {name: cross(x, 16 * index) for name, x in slice_inputs(values, tile.inputs).items()}
@@ -256,10 +291,11 @@ def test_a_tile_needs_only_its_slices_as_the_wire_delivers_them_and_changes_none
             name: region.size for name, region in tile.inputs.items()
         }
         before = {name: x.clone() for name, x in given.items()}
-        parts.append({name: cross(x) for name, x in TileSegment(graph, tiling, index).run(given).items()})
+        made = TileSegment(graph, tiling, index).run(given)
+        parts.append({piece.label: cross(made[piece.name]) for piece in chain.steps[0].gives[index]})
         assert all(same_bits(given[name], x) for name, x in before.items())
-    for name, made in assemble(graph, tiling, parts).items():
-        assert_close(made, values[name])
+    for name, whole in assemble(graph, chain, parts).items():
+        assert_close(whole, values[name])
 
 
 def test_slicing_copies_nothing_and_the_whole_value_stays_as_it_was() -> None:
@@ -279,7 +315,7 @@ def test_in_single_precision_tiles_lie_with_channels_innermost_and_so_does_what_
     for stop in find_spans(graph.spec)[0].stops:
         span = TileSpan(0, stop, (3,), ())
         check_tiles(graph, values, span)
-        for tensor in run_tiled(graph, span, values).values():
+        for tensor in run_tiled(graph, [span], values).values():
             assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -288,7 +324,7 @@ def test_what_is_put_together_has_the_memory_order_of_the_whole_model(memory_for
     graph, values = mixed(memory_format)
     stretch = find_spans(graph.spec)[0]
     for stop in stretch.stops:
-        made = run_tiled(graph, TileSpan(0, stop, (3,), ()), values)
+        made = run_tiled(graph, [TileSpan(0, stop, (3,), ())], values)
         for name, tensor in made.items():
             assert dim_order(tensor) == dim_order(values[name])
             assert_close(tensor, values[name])
@@ -307,20 +343,27 @@ def test_a_tile_is_timed_layer_by_layer() -> None:
 def test_parts_that_do_not_fit_are_refused() -> None:
     graph, values = mixed()
     tiling = plan_tiles(graph.spec, TileSpan(0, 2, (4,), ()))
-    parts = [
-        TileSegment(graph, tiling, i).run(slice_inputs(values, tile.inputs)) for i, tile in enumerate(tiling.tiles)
-    ]
-    name = tiling.stage.makes[0]
+    chain = plan_chain(graph.spec, [tiling.span])
+    (step,) = chain.steps
+    given = {name: values[name] for name in chain.stage.needs}
+    states = [TileState(graph, tile, given if tile == 0 else None) for tile in (0, 1)]
+    sent = states[0].give(step.takes[1])
+    with pytest.raises(TensorMismatch, match=r"expected x\[.* of tile 0 as .*, got nothing"):
+        states[1].take(step, {})
+    for state in states:
+        state.keep(step, TileSegment(graph, tiling, state.tile).run(state.take(step, sent)))
+    parts = [state.give(step.gives[state.tile]) for state in states]
+    label = step.gives[1][0].label
     with pytest.raises(TensorMismatch, match="expected the outputs of 2 tiles, got 1"):
-        assemble(graph, tiling, parts[:1])
-    with pytest.raises(TensorMismatch, match=rf"tile 1's part of {re.escape(name)} to be .*, got nothing"):
-        assemble(graph, tiling, [parts[0], {}])
-    with pytest.raises(TensorMismatch, match=r"tile 0's part .* got torch.float32"):
-        assemble(graph, tiling, [{x: y.float() for x, y in parts[0].items()}, parts[1]])
+        assemble(graph, chain, parts[:1])
+    with pytest.raises(TensorMismatch, match=rf"expected {re.escape(label)} of tile 1 as .*, got nothing"):
+        assemble(graph, chain, [parts[0], {}])
+    with pytest.raises(TensorMismatch, match=r"of tile 0 .* got torch.float32"):
+        assemble(graph, chain, [{x: y.float() for x, y in parts[0].items()}, parts[1]])
     with pytest.raises(TensorMismatch, match="sender and receiver do not run the same graph"):
         TileSegment(graph, tiling, 0).run(slice_inputs(values, tiling.tiles[1].inputs) | {})
     with pytest.raises(TensorMismatch, match="no x"):
-        run_tiled(graph, tiling.span, {})
+        run_tiled(graph, [tiling.span], {})
 
 
 def test_tiles_are_built_once_and_the_oldest_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,3 +433,42 @@ def test_the_functional_form_is_tileable() -> None:
     graph, values = make_graph(Functional(), torch.randn(1, 3, 16, 16))
     (stretch,) = find_spans(graph.spec)
     check_tiles(graph, values, TileSpan(stretch.start, stretch.stop, (5,), (9,)))
+
+
+def chain_of(graph: LayerGraph) -> list[TileSpan]:
+    """All stops of the first stretch, one span each, three rows of two tiles where the map has room."""
+    stretch, sizes = find_spans(graph.spec)[0], {value.name: value.tensor.shape for value in graph.spec.values}
+    spans, start = [], stretch.start
+    for stop in stretch.stops:
+        rows, cols = sizes[graph.spec.layers[stop - 1].outputs[-1]][2:]
+        spans.append(TileSpan(start, stop, (rows // 3, 2 * rows // 3), (cols // 2 + stop % 2,)))
+        start = stop
+    return spans
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_borders_alone_are_enough_from_span_to_span(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    graph, values = make_graph(Mixed(), torch.randn(1, 3, 40, 36), dtype)
+    spans = chain_of(graph)
+    assert len(spans) > 3
+    check_chain(graph, values, spans)
+    outside = {name: value for name, value in values.items() if name in plan_chain(graph.spec, spans).stage.needs}
+    before = {name: value.clone() for name, value in outside.items()}
+    check_chain(graph, {**values, **outside}, spans)
+    assert all(same_bits(outside[name], value) for name, value in before.items())
+
+
+def test_a_tile_keeps_what_is_still_needed_and_nothing_else() -> None:
+    graph, values = mixed()
+    chain = plan_chain(graph.spec, chain_of(graph)[:3])
+    state = TileState(graph, 0, {name: values[name] for name in chain.stage.needs})
+    others = {piece.label: cut(values[piece.name], piece.region) for step in chain.steps for piece in step.takes[0]}
+    for step in chain.steps:
+        inputs = state.take(step, others)
+        state.keep(step, TileSegment(graph, step.tiling, 0).run(inputs))
+        assert set(state.names) <= step.keeps
+        for name, made in state.give(step.gives[0]).items():
+            piece = next(piece for piece in step.gives[0] if piece.label == name)
+            assert_close(made, cut(values[piece.name], piece.region))
+    assert set(state.names) == set(chain.stage.makes)

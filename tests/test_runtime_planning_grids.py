@@ -87,7 +87,7 @@ def test_a_tiled_edge_share_costs_what_cost_tiles_says(speed: float, k: float, b
         TileNode(profiles["edge0"].layer_s, fixed_s=1e-4),
         TileNode(tuple(k * s for s in profiles["edge1"].layer_s), bps, bps, 1e-3, 1e-4, TILE_HAND_OVER_S),
     ]
-    expected_s = 4 * 0.02 + math.fsum(cost_tiles(problem.graph, span, nodes).total_s for span in spans)
+    expected_s = 4 * 0.02 + math.fsum(cost.total_s for cost in cost_tiles(problem.graph, spans, nodes))
     assert estimate(problem, plan, state, last_value_arrays).compute_s["edge0"] == pytest.approx(expected_s)
 
 
@@ -154,7 +154,7 @@ def test_spans_that_were_chosen_for_average_nodes_are_cut_for_the_ones_there_are
         min(estimate(problem, tiled, state).total_s for tiled in tiled_plans(problem, plan))
         for problem in (exact, quick)
     ]
-    assert least[1] <= 1.05 * least[0] < 0.7 * estimate(exact, plan, state).total_s
+    assert least[1] <= 1.08 * least[0] < 0.7 * estimate(exact, plan, state).total_s
     others = replace(make_problem(exact.graph, 1.5, 1.0, 0.5), average_edge=average)
     for mine, theirs in zip(tile_options(quick, "edge0"), tile_options(others, "edge0"), strict=True):
         for a, b in zip(mine.spans, theirs.spans, strict=True):

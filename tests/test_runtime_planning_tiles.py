@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import PlanError
+from runtime.planning.chains import find_chains
 from runtime.planning.problem import make_stage
-from runtime.planning.tile_search import TileChoice, TileSearch, choose_tiles, find_grids, fit_lines
+from runtime.planning.tile_search import TileChoice, choose_tiles, fit_lines, sum_costs
+from runtime.planning.tile_sweeps import APART, WHOLE, TileSearch, find_grids
 from runtime.planning.tiles import TileNode, cost_tiles
 from runtime.planning.tiling import find_spans, plan_tiles
 from runtime.profiles.shipped import load_shipped_profile
@@ -55,7 +57,7 @@ def try_all(graph: GraphSpec, nodes: list[TileNode]) -> float:
                 *(TileSpan(start, stop, (), (line,)) for line in range(1, cols)),
             ):
                 try:
-                    best[stop] = min(best[stop], best[start] + cost_tiles(graph, span, nodes).total_s)
+                    best[stop] = min(best[stop], best[start] + cost_tiles(graph, [span], nodes)[0].total_s)
                 except PlanError:
                     continue
     return best[length]
@@ -72,8 +74,8 @@ def test_the_choice_is_legal_and_costs_what_it_says(graph: GraphSpec, speeds: li
     assert choice.untiled_s == pytest.approx(sum(nodes[0].layer_s))
     assert choice.total_s <= choice.untiled_s * (1 + 1e-12)
     assert all(first.stop <= second.start for first, second in pairwise(choice.spans))
-    for span, cost in zip(choice.spans, choice.costs, strict=True):
-        assert cost == cost_tiles(graph, span, nodes)
+    assert choice.costs == cost_tiles(graph, choice.spans, nodes)
+    for span in choice.spans:
         assert 2 <= len(plan_tiles(graph, span).tiles) <= len(nodes)
     spent = sum(cost.total_s for cost in choice.costs) + untiled_s(graph, nodes[0], choice)
     assert choice.total_s == pytest.approx(spent, rel=1e-9)
@@ -93,11 +95,12 @@ def test_the_search_prices_spans_of_a_real_network_as_they_cost(bps: float) -> N
     nodes = [TileNode(shipped.profile.layer_s), *[TileNode(shipped.profile.layer_s, bps, bps, 1e-3, 1e-4)] * 3]
     (stretch,) = find_spans(shipped.graph)
     search = TileSearch(shipped.graph, nodes)
-    found = [search.best_into(stretch.start, stop, [0.0] * stop) for stop in stretch.stops if stop > stretch.start]
-    spans = [each for each in found if each is not None]
-    assert len(spans) > 10
-    for seconds, span in spans:
-        assert seconds == pytest.approx(cost_tiles(shipped.graph, span, nodes).total_s, rel=1e-9)
+    before_s = dict.fromkeys((APART, WHOLE, *search.grids), [0.0] * stretch.stop)
+    found = [search.best_into(stretch.start, stop, before_s) for stop in stretch.stops if stop > stretch.start]
+    steps = [each[APART] for each in found if APART in each]
+    assert len(steps) > 10
+    for step in steps:
+        assert step.seconds == pytest.approx(sum_costs(shipped.graph, [step.span], nodes), rel=1e-9)
 
 
 def test_a_slow_link_leaves_the_layers_on_the_head() -> None:
@@ -107,13 +110,25 @@ def test_a_slow_link_leaves_the_layers_on_the_head() -> None:
     assert choice.total_s == pytest.approx(choice.untiled_s)
 
 
-def test_redundant_work_ends_a_span_though_crossing_costs_too() -> None:
+def test_redundant_work_ends_a_span_though_messages_cost_too() -> None:
     graph = same_convs(12, size=16)
-    free = choose_tiles(graph, make_nodes(graph, 1.0, 1.0, bps=math.inf, fixed_s=0.0))
-    dear = choose_tiles(graph, make_nodes(graph, 1.0, 1.0, bps=3e8, fixed_s=0.0))
-    assert max(span.stop - span.start for span in dear.spans) > max(span.stop - span.start for span in free.spans)
-    fused = TileSpan(0, 12, (8,), ())
-    assert dear.total_s < cost_tiles(graph, fused, make_nodes(graph, 1.0, 1.0, bps=3e8, fixed_s=0.0)).total_s
+    free, dear = (make_nodes(graph, 1.0, 1.0, bps=3e8, fixed_s=fixed_s) for fixed_s in (0.0, 3e-5))
+    longest = [max(span.stop - span.start for span in choose_tiles(graph, nodes).spans) for nodes in (free, dear)]
+    assert longest[0] < longest[1] < 12
+    assert choose_tiles(graph, dear).total_s < sum_costs(graph, [TileSpan(0, 12, (8,), ())], dear)
+
+
+def test_maps_are_left_where_they_are_between_spans() -> None:
+    graph = same_convs(6, size=64)
+    nodes = make_nodes(graph, 1.0, 1.0, bps=1e8, fixed_s=0.0)
+    choice = choose_tiles(graph, nodes)
+    (spans,) = find_chains(choice.spans)
+    assert len(spans) > 1
+    apart_s = math.fsum(sum_costs(graph, [span], nodes) for span in spans)
+    assert choice.total_s < 0.8 * apart_s
+    half_bytes = 4 * 4 * 64 * 32
+    for before, after in pairwise(choice.costs):
+        assert max(before.gather_bytes[1], after.scatter_bytes[1]) < 0.4 * half_bytes
 
 
 def test_unequal_nodes_get_unequal_tiles() -> None:
@@ -129,18 +144,20 @@ def test_unequal_nodes_get_unequal_tiles() -> None:
 def test_lines_are_fitted_to_the_nodes_unless_the_span_was_better_as_it_was() -> None:
     graph, span = same_convs(2), TileSpan(0, 2, (12, 22), ())
     near, far = (make_nodes(graph, 1.0, 1.5, 11.0, bps=bps) for bps in (1e10, 1e8))
-    fitted = fit_lines(graph, span, near)
-    assert cost_tiles(graph, fitted, near).total_s < 0.5 * cost_tiles(graph, span, near).total_s
+    fitted = fit_lines(graph, [span], near)
+    assert sum_costs(graph, fitted, near) < 0.5 * sum_costs(graph, [span], near)
     # A fast node behind a slow link is not to be sent the most; but there lines go by speed, and get stuck.
-    assert cost_tiles(graph, fitted, far).total_s > cost_tiles(graph, span, far).total_s
-    assert fit_lines(graph, span, far) == span
+    assert sum_costs(graph, fitted, far) > sum_costs(graph, [span], far)
+    assert fit_lines(graph, [span], far) == (span,)
 
 
-def test_lines_stay_where_they_were_when_those_by_speed_would_meet() -> None:
+def test_lines_go_on_from_where_they_were_when_those_by_speed_would_meet() -> None:
     graph = same_convs(1, size=8)
     for span in (TileSpan(0, 1, (4,), ()), TileSpan(0, 1, (), (4,))):
-        assert fit_lines(graph, span, make_nodes(graph, 1.0, 100.0)) == span
-        assert fit_lines(graph, span, make_nodes(graph, 1.0, 3.0)) != span
+        for speed in (3.0, 100.0):
+            nodes = make_nodes(graph, 1.0, speed)
+            fitted = fit_lines(graph, [span], nodes)
+            assert sum_costs(graph, fitted, nodes) < sum_costs(graph, [span], nodes)
 
 
 def test_a_node_that_is_too_slow_gets_no_tile() -> None:
@@ -161,7 +178,7 @@ def test_four_nodes_are_faster_than_two() -> None:
 def test_the_parts_of_the_cost_follow_from_bytes_rates_and_work() -> None:
     graph = same_convs(2)
     nodes = [TileNode((0.2, 0.4), encode_bytes_per_s=1e6), TileNode((0.4, 0.8), 8e6, 16e6, 0.01, 0.001)]
-    cost = cost_tiles(graph, TileSpan(0, 2, (16,), ()), nodes)
+    (cost,) = cost_tiles(graph, [TileSpan(0, 2, (16,), ())], nodes)
     sent, back = 4 * 4 * 18 * 32, 4 * 4 * 16 * 32
     assert cost.scatter_bytes == (0, sent)
     assert cost.gather_bytes == (0, back)
@@ -175,7 +192,7 @@ def test_every_tile_reads_all_the_weights() -> None:
     (op,) = same_convs(1).layers[0].spatial
     graph = spatial_graph(op.size, [replace(op, weight_bytes=1_000_000), replace(op, name="w", reads=("v0",))])
     nodes = [TileNode((0.5, 0.5), weight_bytes_per_s=1e7), TileNode((0.05, 0.5), weight_bytes_per_s=1e7)]
-    cost = cost_tiles(graph, TileSpan(0, 2, (16,), ()), nodes)
+    (cost,) = cost_tiles(graph, [TileSpan(0, 2, (16,), ())], nodes)
     assert cost.compute_s == pytest.approx((0.1 + 0.4 * 17 / 32 + 0.25, 0.05 + 0.25))
 
 
@@ -185,7 +202,7 @@ def test_tiles_cost_what_their_own_kernels_take_and_the_head_pays_for_cutting() 
         TileNode((0.5, 0.5), fixed_s=0.002, tile_layer_s=(0.2, 0.4)),
         TileNode((0.5, 0.5), rtt_s=0.01, fixed_s=0.001),
     ]
-    cost = cost_tiles(graph, TileSpan(0, 2, (16,), ()), nodes)
+    (cost,) = cost_tiles(graph, [TileSpan(0, 2, (16,), ())], nodes)
     assert cost.compute_s == pytest.approx((0.2 * 17 / 32 + 0.2, 0.5 * 17 / 32 + 0.25))
     assert cost.scatter_s == cost.gather_s == pytest.approx((0.002, 0.006))
     assert choose_tiles(graph, nodes[:1] * 2).untiled_s == pytest.approx(1.0)
@@ -218,9 +235,9 @@ def test_a_skip_over_the_start_of_a_span_is_scattered_and_over_its_end_gathered(
     one_map = 4 * 4 * 16 * 32
     span = TileSpan(0, 2, (16,), ())
     assert make_stage(graph, Tier.EDGE, (0, 1)).makes == ("a", "b")
-    assert cost_tiles(graph, span, make_nodes(graph, 1.0, 1.0)).gather_bytes == (0, 2 * one_map)
+    assert cost_tiles(graph, [span], make_nodes(graph, 1.0, 1.0))[0].gather_bytes == (0, 2 * one_map)
     span = TileSpan(2, 4, (16,), ())
-    assert cost_tiles(graph, span, make_nodes(graph, 1.0, 1.0)).scatter_bytes == (0, 2 * one_map)
+    assert cost_tiles(graph, [span], make_nodes(graph, 1.0, 1.0))[0].scatter_bytes == (0, 2 * one_map)
 
 
 def test_grids_use_no_more_tiles_than_there_are_nodes() -> None:
@@ -231,7 +248,7 @@ def test_grids_use_no_more_tiles_than_there_are_nodes() -> None:
 def test_too_few_nodes_are_refused() -> None:
     graph = same_convs(2)
     with pytest.raises(ValueError, match="a node for each of the 4 tiles, got 2"):
-        cost_tiles(graph, TileSpan(0, 2, (16,), (16,)), make_nodes(graph, 1.0, 1.0))
+        cost_tiles(graph, [TileSpan(0, 2, (16,), (16,))], make_nodes(graph, 1.0, 1.0))
 
 
 def test_nothing_is_warned_of_where_a_node_needs_no_time() -> None:

@@ -7,20 +7,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import PlanError
-from runtime.planning.problem import make_stage
 from runtime.planning.tiling import (
     Region,
     Tiling,
     find_spans,
     overlap_frac,
-    plan_parts,
     plan_tiles,
     read_interval,
-    region_bytes,
     scale_lines,
     tile_flops,
 )
-from runtime.types import GraphSpec, SpatialOp, Tier, TileSpan, Window
+from runtime.types import GraphSpec, SpatialOp, TileSpan, Window
 from tests.graphs import chain
 from tests.nets import ANY, Sides, follow, spatial_graph, spatial_graphs, tile_spans
 
@@ -121,12 +118,6 @@ def test_two_rows_of_tiles_share_the_halo_alone() -> None:
     assert overlap_frac(VGG_TOP, tiling) == pytest.approx((900 * 4 / 32 + 10 * 2 / 16) / 1810)
 
 
-def test_scatter_and_gather_bytes_are_those_of_the_regions() -> None:
-    tiling = plan_tiles(VGG_TOP, TileSpan(0, 3, (8,), ()))
-    assert [region_bytes(VGG_TOP, tile.inputs) for tile in tiling.tiles] == [4 * 4 * 19 * 32] * 2
-    assert [region_bytes(VGG_TOP, tile.outputs) for tile in tiling.tiles] == [4 * 4 * 8 * 16] * 2
-
-
 @settings(max_examples=25)
 @given(tilings(Sides(kernel=5, stride=1, dilation=1)))
 def test_redundant_work_is_the_least_that_the_grid_allows(case: tuple[GraphSpec, Tiling]) -> None:
@@ -169,24 +160,3 @@ def test_a_span_cannot_stop_where_a_map_of_one_row_crosses() -> None:
 def test_lines_that_do_not_cut_the_output_are_refused(lines: tuple[int, ...]) -> None:
     with pytest.raises(PlanError, match="ascending lines that cut the 16 rows of c"):
         plan_tiles(VGG_TOP, TileSpan(0, 3, lines, ()))
-
-
-def test_a_stage_runs_its_spans_and_what_lies_between_them_in_order() -> None:
-    stage = make_stage(VGG_TOP, Tier.EDGE, (0, 1, 2))
-    parts = plan_parts(VGG_TOP, stage, (TileSpan(0, 1, (16,), ()), TileSpan(2, 3, (4,), (4,))))
-    assert [part.stage.layers for part in parts] == [(0,), (1,), (2,)]
-    assert [None if part.tiling is None else part.tiling.grid for part in parts] == [(2, 1), None, (2, 2)]
-    assert [(part.stage.needs, part.stage.makes) for part in parts] == [
-        (("x",), ("a",)),
-        (("a",), ("b",)),
-        (("b",), ("c",)),
-    ]
-    assert [part.stage.layers for part in plan_parts(VGG_TOP, stage, (TileSpan(1, 2, (4,), ()),))] == [(0,), (1,), (2,)]
-    assert plan_parts(VGG_TOP, stage, ())[0].stage == stage
-
-
-@pytest.mark.parametrize("spans", [((1, 3),), ((0, 1), (0, 1)), ((2, 3), (0, 1))])
-def test_spans_that_overlap_or_leave_the_stage_are_refused(spans: tuple[tuple[int, int], ...]) -> None:
-    stage = make_stage(VGG_TOP, Tier.EDGE, (0, 1) if spans == ((1, 3),) else (0, 1, 2))
-    with pytest.raises(PlanError, match="in ascending order, inside the layers 0 to"):
-        plan_parts(VGG_TOP, stage, [TileSpan(start, stop, (4,), ()) for start, stop in spans])

@@ -57,11 +57,11 @@ ARRIVES, INPUT, DEADLINE, NOISE = range(4)
 REQUEST_COLUMNS = NOISE + 3
 """Columns of the requests; the last three: noise of each tier."""
 
-NODE_AT, THERE, BACK, IDLE_S, THERE_BYTES, BACK_BYTES, FIXED_S, ALONE_S = range(8)
-TILE_COLUMNS = ALONE_S + 1
+NODE_AT, THERE, BACK, IDLE_S, THERE_BYTES, BACK_BYTES, FIXED_S, ALONE_S, REPLAY_S, GOES_ON = range(10)
+TILE_COLUMNS = GOES_ON + 1
 """Columns of the tiles: node, links from the head and back (-1: the head's own tile, with which each span begins), idle
 seconds there, bytes, fixed seconds of both messages, and what the head needs if it is left to do it: the tile, or at its
-own tile the whole span in one piece."""
+own tile the whole span in one piece; the tile from the start of its chain on; 1 where the span goes on with a chain."""
 
 LATENCY, OUTCOME = range(2)
 FATE_COLUMNS = 2
@@ -176,9 +176,9 @@ SLOT = np.dtype(
     + _fields(_I, "client place server queued local row hop todo version target number local_queued")
     + _fields(_F, "guard_s deadline_at_s arrived_s predicted_s queued_s input_bytes")
     + _fields(_F, "noise", 3)  # factor on the service time of each tier
-    # In tiles: the next of the plan's, those that are out, what is left to the head. Tiles that are out have a slot
-    # each: of which request, and which tile.
-    + _fields(_L, "parent tile num_out")
+    # In tiles: the next of the plan's, those that are out, what is left to the head, which of a chain it has taken over (a
+    # bit each). Tiles that are out have a slot each: of which request, and which tile.
+    + _fields(_L, "parent tile num_out taken")
     + _fields(_F, "left_s scattered_s crossing_s"),
     align=True,
 )

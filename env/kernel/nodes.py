@@ -213,7 +213,7 @@ def start(w: World, r: Plans, s: Lane, node: int) -> int:
     _note_job(s, node, now_s, now_s - request.queued_s, (idle_s + cold_s) * factor, factor)
     _run(s, node, slot)
     if plan.num_peers > 0:
-        request.tile, request.num_out = plan.first_tile, 0
+        request.tile, request.num_out, request.taken = plan.first_tile, 0, 0
         request.left_s, request.is_span_open = 0.0, False
     return -1
 

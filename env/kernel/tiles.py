@@ -5,12 +5,14 @@
 
 A tile that is out has a slot of its own: it queues at its node among requests and background, and is refused where the
 queue is full. The head goes on, ahead of its queue, when the last is back; it does those itself that are not to come: the
-node is not connected, refused, or took too long. Where nobody is connected the span runs in one piece.
+node is not connected, refused, or took too long. Such a tile is done from the start of its chain on, and stays with the
+head to the chain's end. Where nobody is there to help the span runs in one piece.
 
 Simpler than the runtime: the untiled layers of the edge all run before the first span, and k is noted at their end; tiles
 cross links that nobody else holds, raw, and leave no readings behind; a node is connected unless it is silent now and was
 `LOST_AFTER_S` ago; a lost connection ends no wait before patience does, and patience is by the slowest crossing of all tiles
-sent, not of those still out; background is not turned away for requests that gather; segments of tiles are built already.
+sent, not of those still out; background is not turned away for requests that gather; segments of tiles are built already;
+borders of a chain's tiles go to other nodes when all of the span before is back; what the head has taken over it does last.
 """
 
 import math
@@ -25,8 +27,10 @@ from env.kernel.layout import (
     BACK_BYTES,
     DOWN,
     FIXED_S,
+    GOES_ON,
     IDLE_S,
     NODE_AT,
+    REPLAY_S,
     THERE,
     THERE_BYTES,
     Lane,
@@ -113,9 +117,15 @@ def _open_span(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
     first, end = wide(request.tile), wide(plan.first_tile + plan.num_tiles)
     at = first + 1
     request.crossing_s = 0.0
+    before_s = 0.0  # of tiles taken over now: what other nodes had done of them
+    if w.tiles[first, GOES_ON] == 0.0:
+        request.taken = 0
     while at < end and w.tiles[at, THERE] >= 0.0:
-        if not _is_connected(w, int(w.tiles[at, NODE_AT]), s.now_s) or not _send(w, r, s, slot, at):
+        if request.taken >> (at - first) & 1:
             request.left_s += w.tiles[at, ALONE_S]
+        elif not _is_connected(w, int(w.tiles[at, NODE_AT]), s.now_s) or not _send(w, r, s, slot, at):
+            before_s += w.tiles[at, REPLAY_S] - w.tiles[at, ALONE_S]
+            _take_over(w, s, slot, at)
         at += 1
     request.tile = at
     request.scattered_s = s.now_s
@@ -125,7 +135,17 @@ def _open_span(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
         nodes.go_on(s, node, slot, w.tiles[first, IDLE_S] * factor + w.tiles[first, FIXED_S])
     else:
         request.left_s = 0.0
-        nodes.go_on(s, node, slot, w.tiles[first, ALONE_S] * factor)
+        nodes.go_on(s, node, slot, (w.tiles[first, ALONE_S] + before_s) * factor)
+
+
+@compiled
+def _take_over(w: World, s: Lane, slot: int, at: int) -> None:
+    """A tile is left to the head, with all that came before it in its chain, and stays with it."""
+    s.slots[slot].left_s += w.tiles[at, REPLAY_S]
+    index = 0
+    while w.tiles[at - index, THERE] >= 0.0:
+        index += 1
+    s.slots[slot].taken |= 1 << index
 
 
 @compiled
@@ -148,7 +168,7 @@ def _gather(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
     for other in range(s.top):
         part = s.slots[other]
         if part.is_active and part.parent == slot:
-            left_s += w.tiles[part.tile, ALONE_S]
+            left_s += w.tiles[part.tile, REPLAY_S]
     plan = r.rows[request.row]
     for at in range(request.tile, plan.first_tile + plan.num_tiles):
         if w.tiles[at, THERE] < 0.0:
@@ -166,7 +186,7 @@ def give_up(w: World, r: Plans, s: Lane, slot: int) -> None:
     for other in range(s.top):
         part = s.slots[other]
         if part.is_active and part.parent == slot:
-            s.slots[slot].left_s += w.tiles[part.tile, ALONE_S]
+            _take_over(w, s, slot, part.tile)
     recall(w, r, s, slot)
     _make_ready(w, r, s, slot)
 
@@ -244,7 +264,7 @@ def reach(w: World, r: Plans, s: Lane, slot: int) -> None:
         head = wide(part.parent)
         request = s.slots[head]
         if part.todo == DO_MISS:
-            request.left_s += tile[ALONE_S]
+            _take_over(w, s, head, part.tile)
         _drop(s, slot)
         request.num_out -= 1
         if request.num_out == 0 and request.place == GATHERING:

@@ -1,5 +1,7 @@
 """Putting a tensor into the memory layout that the whole model has it in: strides, gaps and alignment."""
 
+from collections.abc import Sequence
+
 import torch
 
 from runtime.model.observe import Seen
@@ -39,3 +41,14 @@ def copy_to(tensor: torch.Tensor, seen: Seen) -> torch.Tensor:
 def _start_bytes(seen: Seen) -> int:
     """Where the first element lies within its block of `ALIGNMENT_BYTES`."""
     return seen.offset * seen.dtype.itemsize % ALIGNMENT_BYTES
+
+
+def dense_strides(order: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor without gaps that keeps the order of dimensions of one with these strides and sizes."""
+    outermost_first = sorted(range(len(shape)), key=lambda dim: (-order[dim], -sizes[dim]))
+    strides = [1] * len(shape)
+    step = 1
+    for dim in reversed(outermost_first):
+        strides[dim] = step
+        step *= shape[dim]
+    return tuple(strides)

@@ -1,20 +1,24 @@
 """One request's share on a node: what came in, what the layers make of it, what goes on and what goes back.
 
-A share is a stage, a stage with tiled spans (`runtime.node.tiling`), or a single tile of another head's stage.
+A share is a stage, a stage with tiled spans (`runtime.node.tiling`), or a single tile of another head's stage
+(`runtime.node.tile`).
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from runtime.errors import PlanError, ProtocolError
+from runtime.node.chain import Means, Parcel
 from runtime.node.hosted import HostedModel
-from runtime.node.tiling import Parcel, TiledRun
+from runtime.node.tile import Held, TileRun, check_grids
+from runtime.node.tiling import TiledRun
+from runtime.planning.chains import find_parts
 from runtime.planning.cost import sum_layers
 from runtime.planning.problem import Route, Stage, check_monotone, find_route
-from runtime.planning.tiling import find_parts
-from runtime.types import Plan, Tier, TileSpan
+from runtime.types import Tier
 from runtime.wire.codec import AutoCodec
 from runtime.wire.events import Limits, Peer
 from runtime.wire.messages import Hop, Submit, TileRef
@@ -44,6 +48,7 @@ class Job:
     received_bytes: int
     predicted_s: float  # idle seconds for this node's share
     tiled: TiledRun | None = None  # of a stage with tiled spans
+    tile: TileRun | None = None  # of a tile of another head's stage
     onward: Packed = field(default_factory=Packed)  # what crosses to the next node
     outputs: Packed = field(default_factory=Packed)  # model outputs made here
     queue_s: float = 0.0
@@ -79,8 +84,7 @@ class Job:
         stage = route.stage(tier)
         predicted_s, tiled = sum_layers(model.profile.layer_s, stage.layers), None
         if submit.plan.tiles and tier is Tier.EDGE:
-            for span in submit.plan.tiles:
-                _check_grid(submit.plan, span)
+            check_grids(submit.plan)
             tiled = TiledRun(model, find_parts(graph, submit.plan, submit.input_kind), submit.plan)
             predicted_s = tiled.predicted_s
         return cls(client, submit, model, route, stage, received, now_s, nbytes, predicted_s, tiled)
@@ -97,13 +101,14 @@ class Job:
         nbytes: int,
         now_s: float,
     ) -> "Job":
-        span = find_span(submit.plan, ref)
+        tile = TileRun.of(submit.plan, ref, model)
         if tier is not Tier.EDGE:
             raise PlanError(f"expected tiles on edge nodes, got one for the {tier.label} tier")
-        stage = model.tiles.tiling(span).stage
-        _check_received(received, stage.needs, tier)
-        route = Route(_nothing(Tier.DEVICE), stage, _nothing(Tier.CLOUD), (Tier.DEVICE, Tier.EDGE), (stage.needs,))
-        return cls(client, submit, model, route, stage, received, now_s, nbytes, model.tile_s(span)[ref.tile])
+        _check_received(received, tile.takes, tier)
+        tiling = tile.step.tiling
+        stage, predicted_s = tiling.stage, model.tile_s(tiling.span)[ref.tile]
+        route = Route(_nothing(Tier.DEVICE), stage, _nothing(Tier.CLOUD), (Tier.DEVICE, Tier.EDGE), (tile.takes,))
+        return cls(client, submit, model, route, stage, received, now_s, nbytes, predicted_s, tile=tile)
 
     @property
     def has_next(self) -> bool:
@@ -120,10 +125,26 @@ class Job:
     @property
     def answers(self) -> tuple[str, ...]:
         """Names of the values that go back to the client, as far as they are made here."""
-        if self.submit.tile is not None:
-            return self.stage.makes
+        if self.tile is not None:
+            return self.tile.gives
         made = set(self.stage.makes)
         return tuple(name for name in dict.fromkeys(self.model.graph.spec.outputs) if name in made)
+
+    def recall(self, held: Held) -> None:
+        """Take up what was kept of the span before, where this is a tile of a later one."""
+        if self.tile is not None and self.tile.state is None:
+            self.tile.state = held.take((self.client, self.tile.ref.run))
+
+    def keep(self, held: Held) -> None:
+        """Keep what the next span goes on from, where this is a tile of an earlier one."""
+        if self.tile is not None and self.tile.state is not None and not self.tile.is_last:
+            until_s = self.arrived_at_s + self.submit.remaining_s
+            held.put((self.client, self.tile.ref.run), self.tile.state, until_s)
+
+    def forget(self, held: Held) -> None:
+        """Keep nothing: the request was given up."""
+        if self.tile is not None:
+            held.take((self.client, self.tile.ref.run))
 
     def relay(self) -> None:
         """Pass on what came in: this node has no layers of the plan."""
@@ -136,7 +157,7 @@ class Job:
         limits: Limits,
         conditions: Conditions,
         should_stop: Callable[[], bool],
-        scatter: Callable[[TileSpan, tuple[Parcel, ...]], None],
+        scatter: Callable[[tuple[Parcel, ...]], threading.Event],
     ) -> bool:
         """Run the share and code what leaves the node. Runs in the executor's thread.
 
@@ -152,15 +173,19 @@ class Job:
 
         Raises:
             ProtocolError: when a received tensor breaks a cap.
+            PlanError: when nothing was kept of what a tile goes on from.
             TensorMismatch: when it is not the one that the graph makes.
             Stopped: when `should_stop` said so.
         """
-        if self.tiled is None:
-            made, self.compute_s = self._run(self._decode(limits), should_stop)
+        if self.tile is not None:
+            pieces = unpack(self.received, self.tile.takes, limits)
+            made, self.compute_s = self.tile.run(self.model, pieces, should_stop)
+        elif self.tiled is None:
+            made, self.compute_s = self.model.run(self.stage, self._decode(limits), should_stop=should_stop)
         else:
             if not self.tiled.has_begun:
                 self.tiled.begin(self._decode(limits))
-            if not self.tiled.advance(auto, limits, conditions.peers_bps, should_stop, scatter):
+            if not self.tiled.advance(Means(auto, limits, conditions.peers_bps, should_stop, scatter)):
                 return False
             made = self.tiled.finish(self.stage)
             self.compute_s, self.predicted_s = self.tiled.compute_s, self.tiled.predicted_s
@@ -176,35 +201,9 @@ class Job:
     def _decode(self, limits: Limits) -> dict[str, torch.Tensor]:
         return unpack(self.received.pick(self.stage.needs), self.stage.needs, limits)
 
-    def _run(
-        self, values: dict[str, torch.Tensor], should_stop: Callable[[], bool]
-    ) -> tuple[dict[str, torch.Tensor], float]:
-        ref = self.submit.tile
-        if ref is None:
-            return self.model.run(self.stage, values, should_stop=should_stop)
-        return self.model.run_tile(find_span(self.submit.plan, ref), ref.tile, values, should_stop=should_stop)
-
 
 def _nothing(tier: Tier) -> Stage:
     return Stage(tier, (), (), ())
-
-
-def find_span(plan: Plan, ref: TileRef) -> TileSpan:
-    """The span that a tile belongs to.
-
-    Raises:
-        PlanError: when the plan has no such tile.
-    """
-    if not 0 <= ref.span < len(plan.tiles) or not 0 <= ref.tile < plan.tiles[ref.span].num_tiles:
-        raise PlanError(f"expected one of the tiles of {plan.describe()}, got tile {ref.tile} of span {ref.span}")
-    _check_grid(plan, plan.tiles[ref.span])
-    return plan.tiles[ref.span]
-
-
-def _check_grid(plan: Plan, span: TileSpan) -> None:
-    """Refuse a grid of absurd size before any of it is worked out."""
-    if span.num_tiles > len(plan.edge_nodes):
-        raise PlanError(f"expected an edge node for each tile, got {span.num_tiles} tiles on {plan.edge_nodes}")
 
 
 def _check_received(received: Packed, expected: tuple[str, ...], tier: Tier) -> None:

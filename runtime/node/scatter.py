@@ -6,10 +6,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from runtime.node.chain import Out, Parcel
 from runtime.node.job import Job
 from runtime.node.state import Key
-from runtime.node.tiling import Parcel
-from runtime.types import TileSpan
 from runtime.wire.channel import Hub
 from runtime.wire.events import Peer
 from runtime.wire.messages import Cancel, Submit, TileRef
@@ -22,9 +21,6 @@ equally long. Guess."""
 SLACK_S = 0.25
 """Added to it: two processes on a busy machine are woken late. Guess."""
 
-HAND_OVER_S = 0.02
-"""How long `post` waits at most for the loop. Guess: several times what a loop takes that does nothing else."""
-
 PROTECTION_FACTOR = 1.5
 """The head stops waiting when the deadline is this many times the seconds away that it needs to do without."""
 
@@ -34,7 +30,7 @@ class _Tile:
     """One tile on another node."""
 
     key: Key
-    tile: int
+    out: Out
     peer: Peer
     sent_at_s: float
     transfer_s: float  # expected, both ways
@@ -53,51 +49,60 @@ class Scatter:
         self._hub = hub
         self._jobs = jobs
         self._next_number = next_number
-        self._posted: deque[tuple[Key, TileSpan, tuple[Parcel, ...], threading.Event]] = deque()
+        self._posted: deque[tuple[Key, tuple[Parcel, ...], threading.Event]] = deque()
         self._out: dict[int, _Tile] = {}
+        self._runs: dict[Key, dict[int, tuple[Peer, int]]] = {}  # by tile: who has it, our number for its first part
         self._give_up_at_s: dict[Key, float] = {}
 
-    def post(self, key: Key, span: TileSpan, parcels: tuple[Parcel, ...]) -> None:
-        """Have tiles sent by the loop, and wait until it has.
+    def post(self, key: Key, parcels: tuple[Parcel, ...]) -> threading.Event:
+        """Have tiles sent by the loop; the event is set when it has.
 
-        Who posts computes next. On a machine whose processors are all busy a thread that is woken may stand behind such a
-        computation for milliseconds, and the other nodes would begin that much later.
+        Who posts computes next, and had better wait for that: on a machine whose processors are all busy a thread that is
+        woken may stand behind such a computation for milliseconds, and the other nodes would begin that much later.
         """
         is_sent = threading.Event()
-        self._posted.append((key, span, parcels, is_sent))
+        self._posted.append((key, parcels, is_sent))
         self._hub.wake()
-        is_sent.wait(HAND_OVER_S)
+        return is_sent
 
     def send_posted(self, peers: Mapping[str, Peer], now_s: float) -> list[Key]:
-        """Send what was posted; return requests of which no tile is out any more, because nobody was there."""
+        """Send what was posted; return requests that wait for no tile any more, because nobody was there."""
         ended = []
         while self._posted:
-            key, span, parcels, is_sent = self._posted.popleft()
+            key, parcels, is_sent = self._posted.popleft()
             job = self._jobs.get(key)
             if job is not None and job.tiled is not None:  # else cancelled meanwhile
                 for parcel in parcels:
-                    name = job.submit.plan.edge_nodes[parcel.tile]
+                    name = job.submit.plan.edge_nodes[parcel.out[1]]
                     peer = peers.get(name)
                     if peer is None or not peer.is_up:
-                        ended += self._end(key, parcel.tile, f"{name} is not connected")
+                        ended += self._end(key, parcel.out, f"{name} is not connected")
                     else:
-                        self._send(key, job, span, parcel, peer, now_s)
+                        self._send(key, job, parcel, peer, now_s)
             is_sent.set()
         return ended
 
-    def _send(self, key: Key, job: Job, span: TileSpan, parcel: Parcel, peer: Peer, now_s: float) -> None:
-        plan, number = job.submit.plan, self._next_number()
-        tiling = job.model.tiles.tiling(span)
-        back_bytes = sum(
-            value.tensor.nbytes for value in job.model.graph.spec.values if value.name in tiling.stage.makes
-        )
-        self._out[number] = _Tile(
-            key, parcel.tile, peer, now_s, self._transfer_s(peer, parcel.packed.nbytes + back_bytes / len(tiling.tiles))
-        )
-        ref = TileRef(plan.tiles.index(span), parcel.tile)
+    def _send(self, key: Key, job: Job, parcel: Parcel, peer: Peer, now_s: float) -> None:
+        assert job.tiled is not None  # or nothing was posted
+        number = self._next_number()
+        index, tile = parcel.out
+        if parcel.is_first:
+            self._runs.setdefault(key, {})[tile] = peer, number
+        elif tile not in self._runs.get(key, {}):
+            job.tiled.waiting.discard(parcel.out)  # given up meanwhile: the head will see to it
+            return
+        _, run = self._runs[key].pop(tile) if parcel.is_last else self._runs[key][tile]
+        transfer_s = self._transfer_s(peer, parcel.packed.nbytes + parcel.back_bytes)
+        self._out[number] = _Tile(key, parcel.out, peer, now_s, transfer_s)
         left_s = job.arrived_at_s + job.submit.remaining_s - now_s
         submit = Submit(
-            number, job.submit.model_id, plan, job.submit.input_kind, left_s, parcel.packed.headers, tile=ref
+            number,
+            job.submit.model_id,
+            job.submit.plan,
+            job.submit.input_kind,
+            left_s,
+            parcel.packed.headers,
+            tile=TileRef(index, tile, run),
         )
         self._hub.send_data(peer, submit, parcel.packed.frames, number)
 
@@ -107,7 +112,7 @@ class Scatter:
         bandwidth_bps = link.samples[0].bandwidth_bps if link.samples else math.inf
         return rtt_s + (nbytes + link.backlog_bytes) * 8.0 / bandwidth_bps
 
-    # --- what becomes of them; each returns the requests of which no tile is out any more -----------------------------
+    # --- what becomes of them; each returns the requests that wait for no tile any more --------------------------------
 
     def take(self, number: int, packed: Packed) -> list[Key]:
         """A node has answered."""
@@ -116,13 +121,13 @@ class Scatter:
             return []  # given up or cancelled meanwhile
         job = self._jobs[tile.key]
         assert job.tiled is not None  # or nothing of it would be out
-        job.tiled.back[tile.tile] = packed
-        return self._end(tile.key, tile.tile, "")
+        job.tiled.back[tile.out] = packed
+        return self._end(tile.key, tile.out, "")
 
     def fail(self, number: int, why: str) -> list[Key]:
         """A node will not answer."""
         tile = self._out.pop(number, None)
-        return [] if tile is None else self._end(tile.key, tile.tile, f"{tile.peer.name}: {why}")
+        return [] if tile is None else self._end(tile.key, tile.out, f"{tile.peer.name}: {why}")
 
     def lose(self, peer: Peer, reason: str) -> list[Key]:
         """The link to a node is gone."""
@@ -134,29 +139,40 @@ class Scatter:
         due = [key for key, at_s in self._give_up_at_s.items() if now_s >= at_s]
         ended = []
         for key in due:
-            for number, tile in list(self._out.items()):
-                if tile.key == key:
-                    self._recall(number, tile)
-                    ended += self.fail(number, "late")
+            for number, tile in self._waited_for(key):
+                self._recall(number, tile)
+                ended += self.fail(number, "late")
         return ended
 
-    def _end(self, key: Key, tile: int, why: str) -> list[Key]:
+    def _end(self, key: Key, out: Out, why: str) -> list[Key]:
+        """A tile is out no more; with a reason its node is asked for nothing else of this chain."""
         tiled = self._jobs[key].tiled
         assert tiled is not None  # or nothing of it would be out
-        tiled.waiting.discard(tile)
+        tiled.waiting.discard(out)
         if why:
-            tiled.lost[tile] = why
-        if tiled.waiting:
+            tiled.lost.setdefault(out[1], why)
+            self._forget_run(key, out[1])
+            for number, tile in list(self._out.items()):
+                if tile.key == key and tile.out[1] == out[1]:
+                    del self._out[number]
+                    tiled.waiting.discard(tile.out)
+                    self._recall(number, tile)
+        if tiled.is_waiting:
             return []
         self._give_up_at_s.pop(key, None)
         return [key]
+
+    def _forget_run(self, key: Key, tile: int) -> None:
+        """Tell a node that what it keeps of a tile is wanted no more."""
+        peer, number = self._runs.get(key, {}).pop(tile, (None, 0))
+        if peer is not None and peer.is_up:
+            self._hub.send(peer, Cancel(number))
 
     # --- waiting ------------------------------------------------------------------------------------------------------
 
     def wait(self, key: Key, deadline_at_s: float, now_s: float) -> None:
         """The head's own tile is done: from here on other nodes are waited for, and for how long."""
-        job = self._jobs[key]
-        out = [tile for tile in self._out.values() if tile.key == key]
+        job, out = self._jobs[key], [tile for _, tile in self._waited_for(key)]
         if job.tiled is None or not out:
             return
         own_s = now_s - min(tile.sent_at_s for tile in out)
@@ -168,13 +184,22 @@ class Scatter:
         """When `give_up` has something to do; inf when nothing is waited for."""
         return min(self._give_up_at_s.values(), default=math.inf)
 
+    def _waited_for(self, key: Key) -> list[tuple[int, _Tile]]:
+        """The tiles that are out without which a head cannot go on, and their numbers."""
+        tiled = self._jobs[key].tiled
+        at = None if tiled is None else tiled.at
+        return [(number, tile) for number, tile in self._out.items() if tile.key == key and tile.out[0] == at]
+
     def drop(self, key: Key) -> None:
-        """A request has ended otherwise: its tiles are wanted no more."""
+        """A request has ended: its tiles are wanted no more."""
         self._give_up_at_s.pop(key, None)
         for number, tile in list(self._out.items()):
             if tile.key == key:
                 del self._out[number]
                 self._recall(number, tile)
+        for index in list(self._runs.get(key, ())):
+            self._forget_run(key, index)
+        self._runs.pop(key, None)
 
     def _recall(self, number: int, tile: _Tile) -> None:
         self._hub.withdraw(tile.peer, number)

@@ -1,71 +1,70 @@
-"""A stage with tiled spans, as the head computes it: its own tile of every span, and whatever other nodes leave to it."""
+"""A stage with tiled spans, as its head runs it: segments and chains of spans, one after the other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from runtime.errors import ProtocolError, TensorMismatch
-from runtime.model.tiles import assemble, check_part, slice_inputs
+from runtime.node.chain import ChainRun, Means, Out
 from runtime.node.hosted import HostedModel
+from runtime.planning.chains import HEAD_TILE, Chain, Part
 from runtime.planning.cost import sum_layers
 from runtime.planning.problem import Stage
-from runtime.planning.tiling import Part, Tiling
-from runtime.types import Plan, TileSpan
-from runtime.wire.codec import AutoCodec
-from runtime.wire.events import Limits
-from runtime.wire.pack import Packed, pack, unpack
-
-HEAD_TILE = 0
-"""The tile that the head runs: `Plan.edge_nodes[0]` is the head."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """What one tile of another node needs."""
-
-    tile: int
-    packed: Packed
+from runtime.types import Plan
+from runtime.wire.pack import Packed
 
 
 @dataclass(eq=False)
 class TiledRun:
     """Where a stage with tiled spans stands.
 
-    `begin`, `advance` and `finish` belong to the executor's thread. `waiting`, `back` and `lost` are changed by the loop
-    while tiles are out; `advance` reads them only when none is.
+    `begin`, `advance` and `finish` belong to the executor's thread. `waiting`, `back` and `lost` are changed by the loop,
+    too, while tiles are out: one entry at a time.
     """
 
     model: HostedModel
     parts: tuple[Part, ...]
     plan: Plan
-    waiting: set[int] = field(default_factory=set)  # tiles that are out
-    back: dict[int, Packed] = field(default_factory=dict)
-    lost: dict[int, str] = field(default_factory=dict)  # why a tile will not come back
+    waiting: set[Out] = field(default_factory=set)  # tiles that are out
+    back: dict[Out, Packed] = field(default_factory=dict)
+    lost: dict[int, str] = field(default_factory=dict)  # by tile: why it will not come back
     redone: list[str] = field(default_factory=list)  # why the head ran tiles of other nodes
     compute_s: float = 0.0
     predicted_s: float = 0.0  # idle seconds of the head's share; grows with every tile that it takes over
     has_begun: bool = False
     _values: dict[str, torch.Tensor] = field(default_factory=dict)
     _next: int = 0
-    _open: Tiling | None = None
-    _own: dict[str, torch.Tensor] = field(default_factory=dict)
+    _open: ChainRun | None = None
 
     def __post_init__(self) -> None:
         """Predict the head's share."""
         for part in self.parts:
-            if part.tiling is None:
+            if part.chain is None:
                 self.predicted_s += sum_layers(self.model.profile.layer_s, part.stage.layers)
             else:
-                self.predicted_s += self.model.tile_s(part.tiling.span)[HEAD_TILE]
+                self.predicted_s += self._own_s(part.chain)
+
+    @property
+    def at(self) -> int | None:
+        """The span that is run tile by tile now, as an index in `Plan.tiles`."""
+        return None if self._open is None else self._open.at
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether tiles are out without which the head cannot go on."""
+        run = self._open
+        return run is not None and any(at == run.at and tile not in run.own for at, tile in tuple(self.waiting))
 
     @property
     def remainder_s(self) -> float:
         """Idle seconds that the head needs for the rest of the stage, should every tile that is out be left to it."""
-        seconds = 0.0 if self._open is None else sum(self.model.tile_s(self._open.span)[i] for i in set(self.waiting))
-        for part in self.parts[self._next :]:
-            seconds += sum_layers(self.model.profile.layer_s, part.stage.layers)
-        return seconds
+        run, layers = self._open, [layer for part in self.parts[self._next :] for layer in part.stage.layers]
+        seconds = 0.0
+        if run is not None:
+            seconds += run.remainder_s(self.waiting)
+            stop = self.plan.tiles[run.at].stop
+            layers += [layer for layer in run.chain.stage.layers if layer >= stop]
+        return seconds + sum_layers(self.model.profile.layer_s, tuple(layers))
 
     @property
     def reason(self) -> str:
@@ -77,114 +76,55 @@ class TiledRun:
         self.has_begun = True
         self._values.update(values)
 
-    def advance(
-        self,
-        auto: AutoCodec,
-        limits: Limits,
-        peers_bps: Mapping[int, float],
-        should_stop: Callable[[], bool],
-        scatter: Callable[[TileSpan, tuple[Parcel, ...]], None],
-    ) -> bool:
+    def advance(self, means: Means) -> bool:
         """Run the stage up to where tiles of other nodes are needed, or to its end.
-
-        Args:
-            auto: picks codecs.
-            limits: caps on what other nodes sent.
-            peers_bps: by tile, the rate to its node, NaN where that is not known; no entry: the node is down.
-            should_stop: asked before every layer.
-            scatter: sends tiles.
 
         Returns:
             Whether the stage is done.
 
         Raises:
             TensorMismatch: when a value is not the one that the graph makes.
-            Stopped: when `should_stop` said so.
+            Stopped: when `means.should_stop` said so.
         """
-        if self._open is not None:
-            self._close_span(self._open, limits, should_stop)
-        while self._next < len(self.parts):
-            part = self.parts[self._next]
-            self._next += 1
-            tiling = part.tiling
-            if tiling is not None and any(tile in peers_bps for tile in range(1, len(tiling.tiles))):
-                self._open_span(tiling, auto, peers_bps, should_stop, scatter)
-                return False
-            if tiling is not None:
-                self._note_down(tiling)
-            given = {name: self._values[name] for name in part.stage.needs}
-            made, seconds = self.model.run(part.stage, given, should_stop=should_stop)
-            self._values.update(made)
-            self.compute_s += seconds
+        while self._open is not None or self._next < len(self.parts):
+            if self._open is None:
+                self._start_part(self.parts[self._next], means)
+                self._next += 1
+            if self._open is not None:
+                made = self._open.advance(means, self.waiting, self.back, self.lost)
+                if made is None:
+                    return False
+                self._close_chain(self._open, made)
         return True
 
     def finish(self, stage: Stage) -> dict[str, torch.Tensor]:
         """What the stage makes."""
         return {name: self._values[name] for name in stage.makes}
 
-    def _open_span(
-        self,
-        tiling: Tiling,
-        auto: AutoCodec,
-        peers_bps: Mapping[int, float],
-        should_stop: Callable[[], bool],
-        scatter: Callable[[TileSpan, tuple[Parcel, ...]], None],
-    ) -> None:
-        """Send the tiles of other nodes off, then run the own one."""
-        self._open = tiling
-        self.back.clear()
-        self.lost.clear()
-        parcels = []
-        for index, tile in enumerate(tiling.tiles):
-            if index == HEAD_TILE:
-                continue
-            if index in peers_bps:
-                slices = slice_inputs(self._values, tile.inputs)
-                parcels.append(Parcel(index, pack(slices, tuple(slices), self.plan.codec, auto, peers_bps[index])))
-            else:
-                self.lost[index] = f"{self.plan.edge_nodes[index]} is not connected"
-        self.waiting.update(parcel.tile for parcel in parcels)
-        scatter(tiling.span, tuple(parcels))
-        self._own = self._run_tile(tiling, HEAD_TILE, should_stop)
-
-    def _close_span(self, tiling: Tiling, limits: Limits, should_stop: Callable[[], bool]) -> None:
-        """Run what did not come back, and put the tiles together."""
-        parts = []
-        for index in range(len(tiling.tiles)):
-            part = self._own if index == HEAD_TILE else self._unpack(tiling, index, limits)
-            if part is None:
-                self.predicted_s += self.model.tile_s(tiling.span)[index]
-                part = self._run_tile(tiling, index, should_stop)
-                why = self.lost.get(index, f"{self.plan.edge_nodes[index]} did not answer")
-                self.redone.append(f"{why}: {self.plan.head} ran its tile")
-            parts.append(part)
-        self._values.update(assemble(self.model.graph, tiling, parts))
-        self._open, self._own = None, {}
-
-    def _unpack(self, tiling: Tiling, index: int, limits: Limits) -> dict[str, torch.Tensor] | None:
-        """A tile that came back; None when it did not, or is not what it should be."""
-        packed = self.back.pop(index, None)
-        if packed is None:
-            return None
-        try:
-            part = unpack(packed, tiling.stage.makes, limits)
-            for name in tiling.stage.makes:
-                check_part(self.model.graph, tiling.tiles[index], index, name, part)
-        except (ProtocolError, TensorMismatch) as error:
-            self.lost[index] = f"{self.plan.edge_nodes[index]} sent a broken tile ({error})"
-            return None
-        return part
-
-    def _run_tile(self, tiling: Tiling, index: int, should_stop: Callable[[], bool]) -> dict[str, torch.Tensor]:
-        slices = slice_inputs(self._values, tiling.tiles[index].inputs)
-        made, seconds = self.model.run_tile(tiling.span, index, slices, should_stop=should_stop)
+    def _start_part(self, part: Part, means: Means) -> None:
+        """Run a segment, or begin a chain; with nobody to help that is a segment, too."""
+        given = {name: self._values[name] for name in part.stage.needs}
+        if part.chain is not None:
+            if any(tile in means.peers_bps for tile in range(1, part.chain.num_tiles)):
+                self._open = ChainRun(self.model, self.plan, part.chain, given)
+                return
+            self._note_down(part.chain)
+        made, seconds = self.model.run(part.stage, given, should_stop=means.should_stop)
+        self._values.update(made)
         self.compute_s += seconds
-        return made
 
-    def _note_down(self, tiling: Tiling) -> None:
-        """Nobody is there to help: the span runs in one piece."""
-        span = tiling.span
-        names = ", ".join(self.plan.edge_nodes[1 : len(tiling.tiles)])
+    def _close_chain(self, run: ChainRun, made: Mapping[str, torch.Tensor]) -> None:
+        self._values.update(made)
+        self.compute_s += run.compute_s
+        self.predicted_s += run.extra_s
+        self.redone += run.redone
+        self._open = None
+        self.lost.clear()
+
+    def _note_down(self, chain: Chain) -> None:
+        names = ", ".join(self.plan.edge_nodes[1 : chain.num_tiles])
         self.redone.append(f"not connected to {names}: {self.plan.head} ran tiled layers in one piece")
-        whole_s = sum_layers(self.model.profile.layer_s, tiling.stage.layers)
-        self.predicted_s += whole_s - self.model.tile_s(span)[HEAD_TILE]
+        self.predicted_s += sum_layers(self.model.profile.layer_s, chain.stage.layers) - self._own_s(chain)
+
+    def _own_s(self, chain: Chain) -> float:
+        return sum(self.model.tile_s(span)[HEAD_TILE] for span in chain.spans)

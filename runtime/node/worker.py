@@ -22,6 +22,7 @@ from runtime.node.job import Conditions, Job
 from runtime.node.scatter import Scatter
 from runtime.node.state import Forget, Forward, Instruction, Key, NodeMachine, Refuse, Reply, Resume, Run
 from runtime.node.status import aged, explain_failure, last_bandwidth, tell_links
+from runtime.node.tile import Held
 from runtime.types import NodeState, Tier
 from runtime.wire.channel import Hub
 from runtime.wire.codec import AutoCodec
@@ -98,6 +99,7 @@ class Worker:
         self._introduced: deque[tuple[str, NextNode]] = deque()  # to connect to; from any thread
         self._measured: deque[HostedModel] = deque()  # from the thread that measures
         self._scatter = Scatter(self._hub, self._jobs, self._take_number)
+        self._held = Held(capacity=config.queue)
         self._refusals: dict[str, str] = {}  # next node -> why it does not want us
 
     def bind(self) -> str:
@@ -204,6 +206,7 @@ class Worker:
         self._execute(self._machine.tick(now_s))
         if now_s >= self._next_status_at_s:
             self._next_status_at_s = now_s + STATUS_PERIOD_S
+            self._held.drop_late(now_s)
             self._send_status(now_s)
 
     def _replace(self, model: HostedModel) -> None:
@@ -241,6 +244,7 @@ class Worker:
                 self._next_status_at_s = 0.0  # the newcomer hears our load at once
             case Left(peer=peer):
                 self._clients.pop(peer, None)
+                self._held.drop_client(peer)
                 self._execute(self._machine.client_left(peer))
             case ReceivedData(peer=peer, body=Submit() as submit, frames=frames, nbytes=nbytes):
                 self._accept(peer, submit, Packed(submit.tensors, frames), nbytes)
@@ -273,6 +277,7 @@ class Worker:
                     self._clients[peer].add(model_id)
                 self._describe(peer, self._models[model_id])
             case Cancel(request=request):
+                self._held.take((peer, request))
                 self._execute(self._machine.cancel((peer, request)))
             case Failure(request=number, kind=kind, text=text) as failure if number in self._upstream:
                 key = self._upstream[number]
@@ -335,10 +340,11 @@ class Worker:
         job = self._jobs[key]  # the machine keeps what runs
         if done.error is None and not done.value:
             self._scatter.wait(key, job.arrived_at_s + job.submit.remaining_s, now_s)
-            is_gathered = job.tiled is None or not job.tiled.waiting
+            is_gathered = job.tiled is None or not job.tiled.is_waiting
             self._execute(self._machine.scattered(key, is_gathered=is_gathered, now_s=now_s))
             return
         if done.error is None:
+            job.keep(self._held)
             if job.tiled is not None:
                 job.tiles_s = now_s - job.started_at_s - job.compute_s - job.codec_s
             self._execute(
@@ -370,6 +376,7 @@ class Worker:
 
     def _run(self, key: Key) -> None:
         job = self._jobs[key]
+        job.recall(self._held)
         peer = self._next_peer(job)
         conditions = Conditions(
             up_bps=float("nan") if peer is None else last_bandwidth(self._hub, peer),
@@ -430,6 +437,7 @@ class Worker:
         return f"{self.config.name} knows no node of the next tier; start it with --connect cloud=ADDRESS"
 
     def _reply(self, key: Key) -> None:
+        self._scatter.drop(key)
         job = self._jobs.pop(key)
         if job.next_request is not None:
             self._upstream.pop(job.next_request, None)
@@ -452,6 +460,8 @@ class Worker:
     def _drop(self, key: Key, *, tell_next: bool) -> None:
         self._scatter.drop(key)
         job = self._jobs.pop(key, None)
+        if job is not None:
+            job.forget(self._held)
         if job is None or job.next_request is None:
             return
         self._upstream.pop(job.next_request, None)

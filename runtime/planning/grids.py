@@ -14,10 +14,11 @@ import numpy as np
 
 from runtime.errors import PlanError
 from runtime.planning.arrays import FloatArray, IntArray, Layout
+from runtime.planning.chains import find_chains, plan_chain
 from runtime.planning.problem import ById, PlanningProblem, check_plan
 from runtime.planning.tile_search import choose_tiles, fit_lines
 from runtime.planning.tiles import TileNode, tile_node, tile_seconds
-from runtime.planning.tiling import find_spans, plan_tiles, region_bytes, scale_lines
+from runtime.planning.tiling import find_spans, scale_lines
 from runtime.types import GraphSpec, NodeProfile, Plan, Tier, TileSpan
 
 RATES_BPS = (1e8, 1e9)
@@ -56,7 +57,7 @@ def tile_options(problem: PlanningProblem, head: str) -> tuple[TileOption, ...]:
             chosen = _choose_spans(
                 ById(problem.graph), _tile_nodes([problem.average_edge] * len(names), bps), problem.entry
             )
-            spans = tuple(fit_lines(problem.graph, span, nodes) for span in chosen)
+            spans = fit_lines(problem.graph, chosen, nodes)
         if spans:
             used = max(span.num_tiles for span in spans)
             found.append(TileOption(names[:used], spans))
@@ -215,7 +216,8 @@ def compile_tiles(problem: PlanningProblem, plan: Plan) -> TileRows | None:
     """Compile one plan's tiled spans; None where it has none. NaN where a node's profile is not known."""
     if not plan.tiles or plan.head is None:
         return None
-    spans = [_compile_span(problem, plan.edge_nodes, span) for span in plan.tiles]
+    chains = find_chains(plan.tiles)
+    spans = [span for chain in chains for span in _compile_chain(problem, plan.edge_nodes, chain)]
     lengths = [span.shape[1] for span in spans]
     node, there, back, *rest = np.concatenate(spans, axis=1)
     slots = (x.astype(np.intp) for x in (node, there, back))
@@ -223,20 +225,24 @@ def compile_tiles(problem: PlanningProblem, plan: Plan) -> TileRows | None:
 
 
 @lru_cache(maxsize=4096)
-def _compile_span(problem: PlanningProblem, names: tuple[str, ...], span: TileSpan) -> FloatArray:
-    """The columns of one span's tiles, shape (8, tiles)."""
+def _compile_chain(
+    problem: PlanningProblem, names: tuple[str, ...], spans: tuple[TileSpan, ...]
+) -> tuple[FloatArray, ...]:
+    """The columns of the tiles of every span of a chain, each of shape (8, tiles)."""
     graph, profiles, layout = problem.graph, problem.profile.nodes, Layout.of_deployment(problem.deployment)
-    tiling = plan_tiles(graph, span)
-    columns = []
-    for index, (name, tile) in enumerate(zip(names, tiling.tiles, strict=False)):
-        profile, slot = profiles.get(name), layout.node_slot[name]
-        known = None if profile is None else tile_node(profile)
-        idle_s = np.nan if known is None else tile_seconds(graph, tiling, known)[index]
-        fixed_s = 0.0 if known is None else 2.0 * (known.fixed_s + (known.hand_over_s if index else 0.0))
-        if index == 0:
-            columns.append((slot, 0, 0, 0.0, idle_s, 0.0, 0.0, fixed_s))
-            continue
-        there, back = layout.link_slot[names[0], name], layout.link_slot[name, names[0]]
-        sent, made = region_bytes(graph, tile.inputs), region_bytes(graph, tile.outputs)
-        columns.append((slot, there, back, 1.0, idle_s, sent, made, fixed_s))
-    return np.array(columns, dtype=np.float64).T
+    compiled = []
+    for step in plan_chain(graph, spans).steps:
+        columns = []
+        for index, name in enumerate(names[: len(step.takes)]):
+            profile, slot = profiles.get(name), layout.node_slot[name]
+            known = None if profile is None else tile_node(profile)
+            idle_s = np.nan if known is None else tile_seconds(graph, step.tiling, known)[index]
+            fixed_s = 0.0 if known is None else 2.0 * (known.fixed_s + (known.hand_over_s if index else 0.0))
+            if index == 0:
+                columns.append((slot, 0, 0, 0.0, idle_s, 0.0, 0.0, fixed_s))
+                continue
+            there, back = layout.link_slot[names[0], name], layout.link_slot[name, names[0]]
+            sent, given = step.take_bytes[index], step.give_bytes[index]
+            columns.append((slot, there, back, 1.0, idle_s, sent, given, fixed_s))
+        compiled.append(np.array(columns, dtype=np.float64).T)
+    return tuple(compiled)

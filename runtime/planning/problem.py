@@ -213,7 +213,7 @@ def check_plan(problem: PlanningProblem, plan: Plan, *, input_kind: str | None =
 
 
 def _check_tiles(problem: PlanningProblem, plan: Plan, input_kind: str) -> None:
-    from runtime.planning.tiling import find_parts  # here, because it makes stages and so imports this module
+    from runtime.planning.chains import find_parts  # here, because it makes stages and so imports this module
 
     if plan.tiles and not problem.constraints.tiles:
         raise PlanError("the plan cuts layers into tiles, which the constraints rule out; set tiles = true")

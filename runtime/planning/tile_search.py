@@ -2,50 +2,24 @@
 
 Papers: D3 (VSM). As reconstructed: consecutive tileable layers on the edge run on several edge nodes. Differs: D3's rule
 for grouping layers is not known; here a dynamic programme over the places where a span may start and stop picks the
-groups, so a group ends where redundant work, scatter and gather cost more than the nodes win. Unequal nodes get unequal
-tiles.
+groups, so a group ends where redundant work, scatter and gather cost more than the nodes win. Behind a span its map is
+either whole at the head or left where it is, for a next span under the same grid. Unequal nodes get unequal tiles.
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.errors import PlanError
-from runtime.planning.tiles import Floats, TileCost, TileLinks, TileNode, cost_tiles, op_seconds
-from runtime.planning.tiling import (
-    crossing,
-    find_sizes,
-    find_spans,
-)
-from runtime.types import GraphSpec, SpatialOp, TileSpan, ValueSpec, Window
+from runtime.planning.tile_sweeps import APART, WHOLE, Into, Place, TileSearch, cut_lines
+from runtime.planning.tiles import TileCost, TileNode, cost_tiles
+from runtime.planning.tiling import find_sizes, find_spans, plan_tiles
+from runtime.types import GraphSpec, TileSpan
 
-Ints = NDArray[np.int64]
-
-Bands = tuple[Ints, Ints]
-"""First and end positions of ranges of one map along one axis: those of all cut positions that are looked at."""
-
-Lines = tuple[int, ...]
-"""Cut positions along one axis, the ends included."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """Operations of a layer that work on the same positions: a window, and what follows it position by position."""
-
-    name: str  # of what the last of them makes
-    reads: tuple[str, ...]
-    windows: tuple[Window | None, Window | None]  # along rows and columns; None: position by position
-    fixed_s: Floats  # by node: seconds that no tile is spared
-    each_s: Floats  # by node: seconds per position
-
-
-PATIENCE = 8
-"""Starts in a row that may win no compute over a later one before earlier ones are given up: redundant work has eaten
-the gain, and only grows. Some, because layers of little work (gates, small pools) win nothing either. Guess."""
+SHIFT_ROUNDS = 3
+"""How often lines are gone over at most: a line that moves changes what its neighbours are best at. Guess."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,64 +45,134 @@ def choose_tiles(graph: GraphSpec, nodes: Sequence[TileNode], start: int = 0, st
         stop: end of the layers on the edge; None: the model's.
     """
     stop = graph.num_layers if stop is None else stop
+    found = _find_spans(graph, nodes, start, stop)
+    return min((_as_choice(graph, spans, nodes, start, stop) for spans in found), key=lambda choice: choice.total_s)
+
+
+def _as_choice(
+    graph: GraphSpec, spans: Sequence[TileSpan], nodes: Sequence[TileNode], start: int, stop: int
+) -> TileChoice:
+    """Some spans, with lines where these nodes want them, and what they are expected to take."""
+    head_s = nodes[0].layer_s
+    shifted = _shift_lines(graph, spans, nodes)
+    costs = cost_tiles(graph, shifted, nodes)
+    inside = {layer for span in shifted for layer in range(span.start, span.stop)}
+    alone_s = math.fsum(head_s[layer] for layer in range(start, stop) if layer not in inside)
+    return TileChoice(
+        shifted, costs, alone_s + math.fsum(cost.total_s for cost in costs), math.fsum(head_s[start:stop])
+    )
+
+
+@dataclass(slots=True)
+class _Best:
+    """Least seconds until the layers `[start, j)` are done and the map is at one place, for every j so far."""
+
+    seconds: list[float]
+    steps: list[Into | None]  # the span that ends there; None: the layer before runs on the head
+
+
+def _find_spans(graph: GraphSpec, nodes: Sequence[TileNode], start: int, stop: int) -> tuple[tuple[TileSpan, ...], ...]:
+    """The best spans if maps are left where they are between them, the best if not, and none."""
     head_s = nodes[0].layer_s
     search = TileSearch(graph, nodes)
-    best_s = [0.0]  # of the layers [start, j)
-    steps: list[TileSpan | None] = [None]  # the span that ends there; None: the layer before runs on the head
+    is_at_head = {WHOLE: True, APART: True, **dict.fromkeys(search.grids, False)}
+    best = {place: _Best([0.0 if here else math.inf], [None]) for place, here in is_at_head.items()}
     stretches = find_spans(graph)
     for j in range(start + 1, stop + 1):
-        best_s.append(best_s[-1] + head_s[j - 1])
-        steps.append(None)
+        for place, own in best.items():
+            own.seconds.append(own.seconds[-1] + head_s[j - 1] if is_at_head[place] else math.inf)
+            own.steps.append(None)
         for stretch in stretches:
             if j in stretch.stops:
                 first = max(stretch.start, start)
-                found = search.best_into(first, j, best_s[first - start : j - start])
-                if found is not None and found[0] < best_s[-1]:
-                    best_s[-1], steps[-1] = found
+                before_s = {place: own.seconds[first - start : j - start] for place, own in best.items()}
+                for place, step in search.best_into(first, j, before_s).items():
+                    if step.seconds < best[place].seconds[-1]:
+                        best[place].seconds[-1], best[place].steps[-1] = step.seconds, step
+    return _walk_back(best, WHOLE, start, stop), _walk_back(best, APART, start, stop), ()
+
+
+def _walk_back(best: Mapping[Place, _Best], place: Place, start: int, stop: int) -> tuple[TileSpan, ...]:
+    """The spans that led to the end."""
     spans: list[TileSpan] = []
-    alone_s: list[float] = []
     j = stop
     while j > start:
-        step = steps[j - start]
+        step = best[place].steps[j - start]
         if step is None:
-            alone_s.append(head_s[j - 1])
+            j -= 1
         else:
-            spans.insert(0, _shift_lines(graph, step, nodes))
-        j = j - 1 if step is None else step.start
-    costs = tuple(cost_tiles(graph, span, nodes) for span in spans)
-    total_s = math.fsum(alone_s) + math.fsum(cost.total_s for cost in costs)
-    return TileChoice(tuple(spans), costs, total_s, math.fsum(head_s[start:stop]))
+            spans.append(step.span)
+            place, j = step.source, step.span.start
+    return tuple(reversed(spans))
 
 
-def fit_lines(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> TileSpan:
-    """Cut a span where these nodes want it, whichever it was cut for: the same layers and grid, the head first.
+def fit_lines(graph: GraphSpec, spans: Sequence[TileSpan], nodes: Sequence[TileNode]) -> tuple[TileSpan, ...]:
+    """Cut spans where these nodes want it, whichever they were cut for: the same layers and grids, the head first.
 
-    The span as it is where that is no slower: speeds say nothing of links.
+    The spans as they are where that is no slower: speeds say nothing of links.
     """
+    fitted = _shift_lines(graph, [_fit_to_speeds(graph, span, nodes) for span in spans], nodes)
+    return min(tuple(spans), fitted, key=lambda each: sum_costs(graph, each, nodes))
+
+
+def _fit_to_speeds(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> TileSpan:
     num_rows, num_cols = len(span.row_lines) + 1, len(span.col_lines) + 1
     speed = [1.0 / max(math.fsum(node.tiled_s[span.start : span.stop]), 1e-12) for node in nodes[: num_rows * num_cols]]
     shares = np.reshape(speed, (1, num_rows, num_cols))
     size = find_sizes(graph, graph.layers[span.stop - 1].spatial)[graph.layers[span.stop - 1].outputs[-1]]
     rows, cols = (
-        _lines(own, length)[0, 1:-1] for own, length in zip((shares.sum(2), shares.sum(1)), size, strict=True)
+        cut_lines(own, length)[0, 1:-1] for own, length in zip((shares.sum(2), shares.sum(1)), size, strict=True)
     )
     fitted = replace(span, row_lines=tuple(rows.tolist()), col_lines=tuple(cols.tolist()))
     try:
-        fitted = _shift_lines(graph, fitted, nodes)
+        plan_tiles(graph, fitted)
     except PlanError:  # lines that meet: a small map, and speeds far apart
         return span
-    return min(span, fitted, key=lambda each: cost_tiles(graph, each, nodes).total_s)
+    return fitted
 
 
-def _shift_lines(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> TileSpan:
-    """Move lines one by one as long as that helps: they were put where the speeds say, overlap not counted."""
-    best_s = cost_tiles(graph, span, nodes).total_s
+def sum_costs(graph: GraphSpec, spans: Sequence[TileSpan], nodes: Sequence[TileNode]) -> float:
+    """Seconds of some spans, one after the other.
+
+    Raises:
+        PlanError: as `cost_tiles`.
+    """
+    return math.fsum(cost.total_s for cost in cost_tiles(graph, spans, nodes))
+
+
+def _shift_lines(graph: GraphSpec, spans: Sequence[TileSpan], nodes: Sequence[TileNode]) -> tuple[TileSpan, ...]:
+    """Move lines one by one as long as that helps: they were put where the speeds say, overlap not counted.
+
+    Of a moved span itself and the spans next to it the costs are looked at.
+    """
+    shifted = list(spans)
+    for _ in range(SHIFT_ROUNDS):
+        has_moved = False
+        for index in range(len(shifted)):
+            low = max(index - 1, 0)
+            before, after = shifted[low:index], shifted[index + 1 : index + 2]
+            best = _shift_span(graph, before, shifted[index], after, nodes)
+            has_moved |= best != shifted[index]
+            shifted[index] = best
+        if not has_moved:
+            break
+    return tuple(shifted)
+
+
+def _shift_span(
+    graph: GraphSpec,
+    before: Sequence[TileSpan],
+    span: TileSpan,
+    after: Sequence[TileSpan],
+    nodes: Sequence[TileNode],
+) -> TileSpan:
+    best_s = sum_costs(graph, [*before, span, *after], nodes)
     has_moved = True
     while has_moved:
         has_moved = False
         for moved in _neighbours(span):
             try:
-                total_s = cost_tiles(graph, moved, nodes).total_s
+                total_s = sum_costs(graph, [*before, moved, *after], nodes)
             except PlanError:  # lines that meet
                 continue
             if total_s < best_s:
@@ -146,299 +190,3 @@ def _neighbours(span: TileSpan) -> list[TileSpan]:
         for i, line in enumerate(span.col_lines):
             moved.append(replace(span, col_lines=(*span.col_lines[:i], line + by, *span.col_lines[i + 1 :])))
     return moved
-
-
-def find_grids(num_nodes: int) -> list[tuple[int, int]]:
-    """Grids (rows, columns) of two or more tiles that so many nodes can run."""
-    sides = range(1, num_nodes + 1)
-    # More rows first: rows of a map lie together in memory, so of two equal grids theirs is cheaper to cut.
-    return [(rows, cols) for rows in reversed(sides) for cols in sides if 2 <= rows * cols <= num_nodes]
-
-
-# --- every span that stops at one layer ---------------------------------------------------------------------------------
-
-
-class TileSearch:
-    """What all spans of a graph on some nodes share."""
-
-    def __init__(self, graph: GraphSpec, nodes: Sequence[TileNode]) -> None:
-        self.graph = graph
-        self.nodes = nodes
-        self.grids = find_grids(len(nodes))
-        self.links = {num: TileLinks.of(nodes[:num]) for num in range(2, len(nodes) + 1)}
-        self.sizes = find_sizes(graph, (op for layer in graph.layers for op in layer.spatial))
-        self.map_bytes = {value.name: _map_bytes(value) for value in graph.values if value.name in self.sizes}
-        self._steps: dict[int, list[_Step]] = {}
-
-    def steps(self, layer: int) -> list[_Step]:
-        """What a layer does, last first."""
-        known = self._steps.get(layer)
-        if known is None:
-            known = self._steps[layer] = self._make_steps(layer)
-        return known
-
-    def _make_steps(self, layer: int) -> list[_Step]:
-        by_node = [op_seconds(self.graph, node, layer) for node in self.nodes]
-        ops = self.graph.layers[layer].spatial
-        num_readers = Counter(name for op in ops for name in op.reads)
-        steps: list[_Step] = []
-        for index, op in enumerate(ops):
-            area, own = op.size[0] * op.size[1], [seconds[index] for seconds in by_node]
-            rows, cols = (None if window == Window() else window for window in op.windows)
-            fixed_s, each_s = np.array([s for s, _ in own]), np.array([s / area for _, s in own])
-            step = _Step(op.name, op.reads, (rows, cols), fixed_s, each_s)
-            before = steps[-1] if steps else None
-            is_follower = before is not None and op.reads == (before.name,) and rows is None and cols is None
-            if before is not None and is_follower and num_readers[before.name] == 1 and self._is_inner(before, op):
-                fixed_s, each_s = before.fixed_s + fixed_s, before.each_s + each_s
-                steps[-1] = _Step(op.name, before.reads, before.windows, fixed_s, each_s)
-            else:
-                steps.append(step)
-        steps.reverse()
-        return steps
-
-    def _is_inner(self, before: _Step, op: SpatialOp) -> bool:
-        """Whether only the next operation sees what a step makes, a map of the same size."""
-        return before.name not in self.map_bytes and self.sizes[before.name] == op.size
-
-    def best_into(self, first: int, stop: int, before_s: Sequence[float]) -> tuple[float, TileSpan] | None:
-        """The best span that starts at `first` or later and stops at a layer, by the seconds until its outputs are there.
-
-        Args:
-            first: first layer that a span may have.
-            stop: where it stops.
-            before_s: seconds of what runs before each start.
-        """
-        if not self.grids:
-            return None
-        end = _End(self, first, stop)
-        sweeps = [_Sweep(end, grid) for grid in self.grids]
-        tally = _Tally(end, sweeps)
-        for sweep in sweeps:
-            sweep.find_places(tally)
-        start = stop
-        while start > first and any(sweep.is_open for sweep in sweeps):
-            start -= 1
-            tally.take_in(start)
-            for sweep in sweeps:
-                if sweep.is_open:
-                    sweep.look(start, tally)
-        best: tuple[float, TileSpan] | None = None
-        for sweep in sweeps:
-            found = sweep.best(before_s)
-            if found is not None and (best is None or found[0] < best[0]):
-                best = found
-        return best
-
-
-class _End:
-    """What all spans that stop at one layer share, whatever their grid; their starts are `first` to `stop`."""
-
-    def __init__(self, search: TileSearch, first: int, stop: int) -> None:
-        self.search = search
-        self.first = first
-        self.stop = stop
-        self.crossing = crossing(search.graph, first, stop)
-        self.size = search.sizes[search.graph.layers[stop - 1].outputs[-1]]
-        self.sent_bytes, self.back_bytes = self._whole_bytes()
-        self.alone_s: list[float] = _sums_to_end(search.nodes[0].layer_s[first:stop]).tolist()
-
-    def _whole_bytes(self) -> tuple[Floats, Floats]:
-        """Bytes of each start's inputs and outputs, uncut."""
-        first, stop = self.first, self.stop
-        sent, back = np.zeros(stop - first), np.zeros(stop - first)
-        for value in self.search.graph.values:
-            readers = [c for c in value.consumers if c < stop] if value.producer < stop - 1 else []
-            if readers and readers[-1] >= first:
-                sent[max(value.producer + 1 - first, 0) : readers[-1] + 1 - first] += value.tensor.nbytes
-        for value in self.crossing:
-            back[: value.producer + 1 - first] += value.tensor.nbytes
-        return sent, back
-
-
-class _Walk:
-    """Ranges along one axis for many cut positions at the end at once, layer by layer towards the start."""
-
-    def __init__(self, end: _End, axis: int, cuts: Iterable[Lines]) -> None:
-        self._search, self._axis = end.search, axis
-        self._need: dict[str, Bands] = {}
-        self._scaled: dict[int, tuple[Bands, NDArray[np.bool_]]] = {}  # by length of a map
-        self.cuts: dict[str, Bands] = {}
-        known = list(dict.fromkeys(cuts))
-        counts = np.array([len(lines) - 1 for lines in known])
-        first = np.concatenate([[0], counts[:-1].cumsum()])  # of each cut's ranges
-        low = np.array([line for lines in known for line in lines[:-1]], dtype=np.int64)
-        high = np.array([line for lines in known for line in lines[1:]], dtype=np.int64)
-        length = end.size[axis]
-        legal_from = np.full(len(known), end.first)
-        for value in end.crossing:
-            own = value.tensor.shape[2 + axis]
-            if own not in self._scaled:  # as `scale_lines` has it
-                bands = ((2 * low * own + length) // (2 * length), (2 * high * own + length) // (2 * length))
-                self._scaled[own] = bands, np.logical_or.reduceat(bands[0] >= bands[1], first)
-            self.cuts[value.name], meets = self._scaled[own]
-            legal_from = np.where(meets, np.maximum(legal_from, value.producer + 1), legal_from)
-        self.place = dict(zip(known, first.tolist(), strict=True))  # where the ranges of each cut begin
-        self.legal_from = dict(zip(known, legal_from.tolist(), strict=True))
-        """By cut: the first start for which it cuts every value that crosses."""
-
-    def step(self, step: _Step) -> Ints:
-        """Go over one step; return the lengths of what it makes."""
-        bands = self._need.pop(step.name, None)
-        if step.name in self.cuts:
-            bands = _join_bands(bands, self.cuts[step.name])
-        assert bands is not None, f"nobody reads {step.name}"
-        for name in step.reads:
-            self._need[name] = _join_bands(self._need.get(name), self._read(name, step.windows[self._axis], bands))
-        return bands[1] - bands[0]
-
-    def _read(self, name: str, window: Window | None, made: Bands) -> Bands:
-        length = self._search.sizes[name][self._axis]
-        if window is not None:  # as `read_interval` has it
-            low = made[0] * window.stride - window.padding
-            high = (made[1] - 1) * window.stride - window.padding + window.extent
-            return np.maximum(low, 0), np.minimum(high, length)
-        return made if length > 1 else (np.zeros_like(made[0]), np.ones_like(made[1]))
-
-    def given(self) -> dict[str, Ints]:
-        """Lengths of what a span that starts here is given, by name."""
-        return {name: high - low for name, (low, high) in self._need.items()}
-
-
-def _join_bands(first: Bands | None, second: Bands) -> Bands:
-    if first is None:
-        return second
-    return np.minimum(first[0], second[0]), np.maximum(first[1], second[1])
-
-
-class _Tally:
-    """What the tiles of all cuts compute and are sent in the spans that stop at one layer and start at another."""
-
-    def __init__(self, end: _End, sweeps: Sequence["_Sweep"]) -> None:
-        self._end = end
-        self.rows = _Walk(end, 0, (lines[0] for sweep in sweeps for lines in sweep.lines))
-        self.cols = _Walk(end, 1, (lines[1] for sweep in sweeps for lines in sweep.lines))
-        self.place: dict[tuple[Lines, Lines], int] = {}  # where the tiles of each grid begin
-        rows: list[int] = []
-        cols: list[int] = []
-        nodes: list[int] = []
-        for pair in dict.fromkeys(lines for sweep in sweeps for lines in sweep.lines):
-            self.place[pair] = len(rows)
-            num_rows, num_cols = len(pair[0]) - 1, len(pair[1]) - 1
-            rows += [self.rows.place[pair[0]] + row for row in range(num_rows) for _ in range(num_cols)]
-            cols += [self.cols.place[pair[1]] + col for _ in range(num_rows) for col in range(num_cols)]
-            nodes += range(num_rows * num_cols)
-        self._row, self._col, self._node = (np.array(each, dtype=np.intp) for each in (rows, cols, nodes))
-        self._crosses = (self._node > 0).astype(np.float64)  # the head's own tile crosses no link
-        self._compute_s, self._back = np.zeros(len(rows)), np.zeros(len(rows))
-        self.compute_s: list[float] = []  # by tile, from the start that was taken in last
-        self.sent_bytes: list[float] = []
-        self.back_bytes: list[float] = []
-
-    def take_in(self, layer: int) -> None:
-        """Let the spans start one layer earlier."""
-        search = self._end.search
-        for step in search.steps(layer):
-            areas = self.rows.step(step).take(self._row) * self.cols.step(step).take(self._col)
-            self._compute_s = self._compute_s + step.fixed_s.take(self._node) + areas * step.each_s.take(self._node)
-        for value in self._end.crossing:
-            if value.producer == layer:
-                (top, bottom), (left, right) = self.rows.cuts[value.name], self.cols.cuts[value.name]
-                areas = (bottom - top).take(self._row) * (right - left).take(self._col)
-                self._back = self._back + areas * search.map_bytes[value.name]
-        sent, cols = np.zeros(len(self._row)), self.cols.given()
-        for name, rows in self.rows.given().items():
-            sent += rows.take(self._row) * cols[name].take(self._col) * search.map_bytes[name]
-        self.compute_s, self.back_bytes = self._compute_s.tolist(), self._back.tolist()
-        self.sent_bytes = (sent * self._crosses).tolist()
-
-
-class _Sweep:
-    """All spans that stop at one layer under one grid, every start with its own lines."""
-
-    def __init__(self, end: _End, grid: tuple[int, int]) -> None:
-        self._end = end
-        self._num_tiles = grid[0] * grid[1]
-        self._links = end.search.links[self._num_tiles]
-        shares = self._shares().reshape(-1, *grid)
-        self._is_legal: list[bool] = np.asarray(np.isfinite(shares).all(axis=(1, 2))).tolist()
-        shares = np.nan_to_num(shares, nan=1.0 / self._num_tiles)
-        lines = (_lines(shares.sum(2), end.size[0]), _lines(shares.sum(1), end.size[1]))
-        self.lines = [(tuple(rows), tuple(cols)) for rows, cols in zip(*(x.tolist() for x in lines), strict=True)]
-        self.is_open = True
-        self._places: list[tuple[int, int]] = []  # by start: first tile in the tally, first legal start of the lines
-        self._best_s, self._best_start = 0.0, end.stop
-        self._starts: list[int] = []
-        self._compute: list[list[float]] = []
-        self._sent: list[list[float]] = []
-        self._back: list[list[float]] = []
-
-    def find_places(self, tally: _Tally) -> None:
-        """Note where the tiles of every start are in the tally."""
-        found = {}
-        for lines in dict.fromkeys(self.lines):
-            legal_from = max(tally.rows.legal_from[lines[0]], tally.cols.legal_from[lines[1]])
-            found[lines] = (tally.place[lines], legal_from)
-        self._places = [found[lines] for lines in self.lines]
-
-    def look(self, start: int, tally: _Tally) -> None:
-        """Note what the span from a start costs; close where earlier ones cannot be better."""
-        end = self._end
-        place, legal_from = self._places[start - end.first]
-        if not self._is_legal[start - end.first] or start < legal_from:
-            self._best_start = start  # lines that meet: the times say nothing
-            return
-        own = slice(place, place + self._num_tiles)
-        self._starts.append(start)
-        self._compute.append(tally.compute_s[own])
-        self._sent.append(tally.sent_bytes[own])
-        self._back.append(tally.back_bytes[own])
-        gain_s = end.alone_s[start - end.first] - max(self._compute[-1])
-        if gain_s > self._best_s:
-            self._best_s, self._best_start = gain_s, start
-        elif self._best_start - start > PATIENCE:
-            self.is_open = False
-
-    def best(self, before_s: Sequence[float]) -> tuple[float, TileSpan] | None:
-        """The quickest, what runs before it included; None where the grid fits none."""
-        starts, first = self._starts, self._end.first
-        if not starts:
-            return None
-        scatter, gather = self._links.times(np.array(self._sent), np.array(self._back))
-        total = (scatter + np.array(self._compute) + gather).max(axis=1) + [before_s[start - first] for start in starts]
-        pick = len(starts) - 1 - int(np.argmin(total[::-1]))  # of equal ones the longest
-        rows, cols = (own[1:-1] for own in self.lines[starts[pick] - first])
-        return float(total[pick]), TileSpan(starts[pick], self._end.stop, rows, cols)
-
-    def _shares(self) -> Floats:
-        """Share of the span that each node should take, so that all are done at the same time: (starts, tiles).
-
-        NaN in the rows of starts where some node had better do nothing.
-        """
-        end, speeds = self._end, []
-        nodes = end.search.nodes[: self._num_tiles]
-        for node, there_s, back_s in zip(nodes, self._links.there_s, self._links.back_s, strict=True):
-            own_s = _sums_to_end(node.tiled_s[end.first : end.stop])
-            speeds.append(1.0 / np.maximum(own_s + end.sent_bytes * there_s + end.back_bytes * back_s, 1e-12))
-        speed = np.stack(speeds, axis=1)
-        waits = 2.0 * self._links.fixed_s
-        done_s = (1.0 + (waits * speed).sum(1, keepdims=True)) / speed.sum(1, keepdims=True)
-        shares: Floats = (done_s - waits) * speed
-        return np.where((shares > 0.0).all(1, keepdims=True), shares, np.nan)
-
-
-def _sums_to_end(seconds: Sequence[float]) -> Floats:
-    sums: Floats = np.asarray(seconds)[::-1].cumsum()[::-1]
-    return sums
-
-
-def _map_bytes(value: ValueSpec) -> int:
-    """Bytes of one position of a map."""
-    return value.tensor.shape[0] * value.tensor.shape[1] * value.tensor.itemsize
-
-
-def _lines(shares: Floats, length: int) -> Ints:
-    """Cut positions at the shares' running sums, the ends included: (starts, bands + 1)."""
-    edges = np.concatenate([np.zeros((len(shares), 1)), shares.cumsum(axis=1)], axis=1)
-    lines: Ints = np.rint(edges / edges[:, -1:] * length).astype(np.int64)
-    return lines

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.planning.tiling import Tiling, plan_tiles, region_bytes
+from runtime.planning.chains import Chain, find_chains, plan_chain
+from runtime.planning.tiling import Tiling
 from runtime.types import GraphSpec, NodeProfile, TileSpan
 
 Floats = NDArray[np.float64]
@@ -100,27 +101,40 @@ class TileLinks:
         return self.fixed_s + self.there_s * sent_bytes, self.fixed_s + self.back_s * back_bytes
 
 
-def cost_tiles(graph: GraphSpec, span: TileSpan, nodes: Sequence[TileNode]) -> TileCost:
-    """Predict what a tiled span takes.
+def cost_tiles(graph: GraphSpec, spans: Sequence[TileSpan], nodes: Sequence[TileNode]) -> tuple[TileCost, ...]:
+    """Predict what tiled spans take, each until its slowest tile is back at the head.
+
+    Between spans of a chain only borders cross (`runtime.planning.chains`). They are counted there and back; at run
+    time both ways are taken at once where a tile has no neighbour but the head's.
 
     Args:
         graph: the model.
-        span: layers and grid.
+        spans: layers and grids, ascending.
         nodes: one per tile, the head first.
+
+    Returns:
+        One cost per span.
 
     Raises:
         PlanError: when the graph has no such span or the lines do not cut it.
         ValueError: when there are fewer nodes than tiles.
     """
-    tiling = plan_tiles(graph, span)
-    if len(nodes) < len(tiling.tiles):
-        raise ValueError(f"expected a node for each of the {len(tiling.tiles)} tiles, got {len(nodes)}")
-    sent = [0] + [region_bytes(graph, tile.inputs) for tile in tiling.tiles[1:]]
-    back = [0] + [region_bytes(graph, tile.outputs) for tile in tiling.tiles[1:]]
-    compute = [tile_seconds(graph, tiling, node)[index] for index, node in enumerate(nodes[: len(tiling.tiles)])]
-    links = TileLinks.of(nodes[: len(tiling.tiles)])
-    scatter, gather = links.times(np.array(sent, float), np.array(back, float))
-    return TileCost(tuple(compute), tuple(scatter.tolist()), tuple(gather.tolist()), tuple(sent), tuple(back))
+    return tuple(
+        cost for chain in find_chains(spans) for cost in _cost_chain(graph, plan_chain(graph, chain), tuple(nodes))
+    )
+
+
+def _cost_chain(graph: GraphSpec, chain: Chain, nodes: tuple[TileNode, ...]) -> list[TileCost]:
+    if len(nodes) < chain.num_tiles:
+        raise ValueError(f"expected a node for each of the {chain.num_tiles} tiles, got {len(nodes)}")
+    nodes, costs = nodes[: chain.num_tiles], []
+    links = TileLinks.of(nodes)
+    for step in chain.steps:
+        sent, back = ((0, *each[1:]) for each in (step.take_bytes, step.give_bytes))
+        compute = [tile_seconds(graph, step.tiling, node)[index] for index, node in enumerate(nodes)]
+        scatter, gather = links.times(np.array(sent, float), np.array(back, float))
+        costs.append(TileCost(tuple(compute), tuple(scatter.tolist()), tuple(gather.tolist()), sent, back))
+    return costs
 
 
 def tile_seconds(graph: GraphSpec, tiling: Tiling, node: TileNode) -> tuple[float, ...]:

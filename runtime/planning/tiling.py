@@ -15,8 +15,8 @@ from functools import lru_cache
 from itertools import pairwise
 
 from runtime.errors import PlanError
-from runtime.planning.problem import ById, Stage, find_route, make_stage
-from runtime.types import GraphSpec, Plan, SpatialOp, Tier, TileSpan, ValueSpec, Window
+from runtime.planning.problem import ById, Stage, make_stage
+from runtime.types import GraphSpec, SpatialOp, Tier, TileSpan, ValueSpec, Window
 
 Interval = tuple[int, int]
 """Half-open range of rows or columns."""
@@ -76,14 +76,6 @@ class Tiling:
     def grid(self) -> tuple[int, int]:
         """Number of tiles along rows and along columns."""
         return (len(self.span.row_lines) + 1, len(self.span.col_lines) + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Some layers of a stage, which run one after the other: as one segment, or tile by tile."""
-
-    stage: Stage
-    tiling: Tiling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,57 +236,6 @@ def find_sizes(graph: GraphSpec, ops: Iterable[SpatialOp]) -> dict[str, tuple[in
     return sizes
 
 
-def find_parts(graph: GraphSpec, plan: Plan, input_kind: str) -> tuple[Part, ...]:
-    """The parts of the edge's share under a plan, in the order in which they run; cached per graph, plan and kind.
-
-    Raises:
-        PlanError: as `plan_parts`.
-    """
-    return _parts(ById(graph), find_route(graph, plan, input_kind).edge, plan.tiles)
-
-
-@lru_cache(maxsize=256)
-def _parts(graph: ById, stage: Stage, spans: tuple[TileSpan, ...]) -> tuple[Part, ...]:
-    return plan_parts(graph.spec, stage, spans)
-
-
-def plan_parts(graph: GraphSpec, stage: Stage, spans: Iterable[TileSpan]) -> tuple[Part, ...]:
-    """Split a stage into what runs before, in, between and after its tiled spans.
-
-    Args:
-        graph: the model.
-        stage: layers of one tier.
-        spans: ascending, inside the stage.
-
-    Returns:
-        Parts in the order in which they run; each needs what the parts before it make, or the stage needs.
-
-    Raises:
-        PlanError: when a span is not tileable, not inside the stage, or overlaps the one before it.
-    """
-    own, parts, done = frozenset(stage.layers), [], 0
-    for span in spans:
-        if span.start < done or not own.issuperset(range(span.start, span.stop)):
-            raise PlanError(
-                f"expected tiled spans in ascending order, inside the layers {_describe(stage.layers)} of "
-                f"{stage.tier.label}, got [{span.start}, {span.stop}); move it or give those layers to the edge"
-            )
-        before = [layer for layer in stage.layers if done <= layer < span.start]
-        if before:
-            parts.append(Part(make_stage(graph, stage.tier, before)))
-        tiling = plan_tiles(graph, span)
-        parts.append(Part(tiling.stage, tiling))
-        done = span.stop
-    after = [layer for layer in stage.layers if layer >= done]
-    if after:
-        parts.append(Part(make_stage(graph, stage.tier, after)))
-    return tuple(parts)
-
-
-def _describe(layers: Sequence[int]) -> str:
-    return f"{layers[0]} to {layers[-1]}" if layers else "(none)"
-
-
 # --- which spans there are ----------------------------------------------------------------------------------------------
 
 
@@ -359,16 +300,6 @@ def check_span(graph: GraphSpec, start: int, stop: int) -> None:
 
 
 # --- what a tiling costs ------------------------------------------------------------------------------------------------
-
-
-def region_bytes(graph: GraphSpec, regions: Mapping[str, Region]) -> int:
-    """Raw bytes of some regions of a graph's values."""
-    total = 0
-    for value in graph.values:
-        if value.name in regions:
-            batch, channels, _, _ = value.tensor.shape
-            total += batch * channels * regions[value.name].area * value.tensor.itemsize
-    return total
 
 
 def tile_flops(graph: GraphSpec, tiling: Tiling) -> tuple[float, ...]:

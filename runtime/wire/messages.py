@@ -13,7 +13,7 @@ import msgspec
 from runtime.presets import NodeEmulation
 from runtime.types import CODECS, GraphSpec, NodeProfile, NodeState, Plan, Tier
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised whenever a message changes its meaning; peers of different versions refuse each other by name."""
 
 CAPABILITIES = CODECS[1:]
@@ -190,12 +190,14 @@ class TileRef(msgspec.Struct, frozen=True, array_like=True):
 
     span: int  # index in `Plan.tiles`
     tile: int  # row-major in its grid
+    run: int  # number of the `Submit` that began its chain: what the node keeps from span to span goes by it
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """Run your share of `plan` on these tensors, send the rest on, answer with a `Result`.
 
-    With `tile` the share is that tile alone, the tensors are its slices, and the result is what the tile makes.
+    With `tile` the share is that tile alone, the tensors are what it does not have yet, and the result is what others need
+    of it. Between spans of a chain the node keeps the rest (`runtime.planning.chains`).
     """
 
     request: int
