@@ -156,15 +156,15 @@ def test_spans_that_were_chosen_for_average_nodes_are_cut_for_the_ones_there_are
     ]
     assert least[1] <= 1.08 * least[0] < 0.7 * estimate(exact, plan, state).total_s
     others = replace(make_problem(exact.graph, 1.5, 1.0, 0.5), average_edge=average)
-    for mine, theirs in zip(tile_options(quick, "edge0"), tile_options(others, "edge0"), strict=True):
-        for a, b in zip(mine.spans, theirs.spans, strict=True):
-            assert (a.start, a.stop, len(a.row_lines), len(a.col_lines)) == (
-                b.start,
-                b.stop,
-                len(b.row_lines),
-                len(b.col_lines),
-            )
-            assert (a.row_lines, a.col_lines) != (b.row_lines, b.col_lines)
+    mine, theirs = (tile_options(problem, "edge0")[-1] for problem in (quick, others))
+    for a, b in zip(mine.spans, theirs.spans, strict=True):
+        assert (a.start, a.stop, len(a.row_lines), len(a.col_lines)) == (
+            b.start,
+            b.stop,
+            len(b.row_lines),
+            len(b.col_lines),
+        )
+        assert (a.row_lines, a.col_lines) != (b.row_lines, b.col_lines)
 
 
 def test_unequal_nodes_get_unequal_tiles_and_faster_peers_come_first() -> None:

@@ -237,7 +237,8 @@ def _compile_chain(
             profile, slot = profiles.get(name), layout.node_slot[name]
             known = None if profile is None else tile_node(profile)
             idle_s = np.nan if known is None else tile_seconds(graph, step.tiling, known)[index]
-            fixed_s = 0.0 if known is None else 2.0 * (known.fixed_s + (known.hand_over_s if index else 0.0))
+            others = len(step.takes) - 1 if index else 0
+            fixed_s = 0.0 if known is None else 2.0 * (known.fixed_s + others * known.hand_over_s)
             if index == 0:
                 columns.append((slot, 0, 0, 0.0, idle_s, 0.0, 0.0, fixed_s))
                 continue
