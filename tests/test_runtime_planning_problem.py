@@ -122,7 +122,7 @@ def test_a_stage_needs_what_others_made_and_makes_what_others_read() -> None:
         (Plan((D, D, C), codec="zip"), "expected a codec among"),
         (Plan((D, D, C), codec="int8"), "lossless_only"),
         (Plan((D, E, C), ("edge0",), (TileSpan(1, 2, (4,), ()),)), "an edge node for each, got 2 tiles"),
-        (Plan((D, E, C), ("edge0",), (TileSpan(1, 2, (), ()),)), "expected two tiles or more"),
+        (Plan((D, E, C), ("edge0",), (TileSpan(1, 2, (), ()),)), "expected 2 to 16 tiles"),
     ],
 )
 def test_an_illegal_plan_is_refused_with_what_would_be_legal(plan: Plan, message: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from runtime.errors import PlanError
 from runtime.model.halo import TileState
 from runtime.node.hosted import HostedModel
-from runtime.planning.chains import Chain, Step, find_chains, plan_chain
+from runtime.planning.chains import MAX_TILES, Chain, Step, find_chains, plan_chain
 from runtime.types import Plan
 from runtime.wire.events import Peer
 from runtime.wire.messages import TileRef
@@ -92,11 +92,14 @@ def check_grids(plan: Plan) -> None:
     """Refuse grids of absurd size before any of them is worked out.
 
     Raises:
-        PlanError: when there are more tiles than edge nodes.
+        PlanError: when there are more tiles than edge nodes, or than `MAX_TILES`.
     """
     for span in plan.tiles:
-        if span.num_tiles > len(plan.edge_nodes):
-            raise PlanError(f"expected an edge node for each tile, got {span.num_tiles} tiles on {plan.edge_nodes}")
+        if not 1 <= span.num_tiles <= min(len(plan.edge_nodes), MAX_TILES):
+            raise PlanError(
+                f"expected an edge node for each tile, and at most {MAX_TILES}, got {span.num_tiles} tiles on "
+                f"{len(plan.edge_nodes)} edge nodes"
+            )
 
 
 class Held:

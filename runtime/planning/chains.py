@@ -20,6 +20,10 @@ from runtime.types import GraphSpec, Plan, Tier, TileSpan
 HEAD_TILE = 0
 """The tile that the head runs: `Plan.edge_nodes[0]` is the head."""
 
+MAX_TILES = 16
+"""A grid of more is refused: overlap and messages eat what it wins long before, and what a node has to work out for a grid
+grows with its square."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

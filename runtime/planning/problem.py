@@ -213,14 +213,17 @@ def check_plan(problem: PlanningProblem, plan: Plan, *, input_kind: str | None =
 
 
 def _check_tiles(problem: PlanningProblem, plan: Plan, input_kind: str) -> None:
-    from runtime.planning.chains import find_parts  # here, because it makes stages and so imports this module
+    from runtime.planning.chains import (
+        MAX_TILES,
+        find_parts,
+    )  # here, because it makes stages and so imports this module
 
     if plan.tiles and not problem.constraints.tiles:
         raise PlanError("the plan cuts layers into tiles, which the constraints rule out; set tiles = true")
     for span in plan.tiles:
-        if not 2 <= span.num_tiles <= len(plan.edge_nodes):
+        if not 2 <= span.num_tiles <= min(len(plan.edge_nodes), MAX_TILES):
             raise PlanError(
-                f"expected two tiles or more for layers {span.start} to {span.stop}, and an edge node for each, got "
+                f"expected 2 to {MAX_TILES} tiles for layers {span.start} to {span.stop}, and an edge node for each, got "
                 f"{span.num_tiles} tiles on {plan.edge_nodes}; name more edge_nodes or use fewer lines"
             )
     if plan.tiles:
