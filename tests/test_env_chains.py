@@ -1,5 +1,9 @@
 """Chains of tiled spans in the twin: only borders cross, and a tile that is lost is done from the chain's start on."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from env.kernel import tiles
@@ -51,7 +55,7 @@ def test_idle_nodes_take_what_the_spans_of_a_chain_take(site):
 
 def test_a_tile_that_is_lost_within_a_chain_is_done_from_its_start_on_and_stays_with_the_head(site):
     up_s, back_s = way_s(site)
-    first, second, _ = costs_of(site, "edge0", "edge1")
+    first, second, third = costs_of(site, "edge0", "edge1")
     # The peer has so much to do when the second tile comes to it that the head gives that up.
     begins_s = 2.0 + up_s + LAYER_S + first.total_s
     busy = ([begins_s - 0.5 * first.compute_s[1]], [5.0])
@@ -61,8 +65,8 @@ def test_a_tile_that_is_lost_within_a_chain_is_done_from_its_start_on_and_stays_
     nbytes = second.scatter_bytes[1] + second.gather_bytes[1]
     wait_s = tiles.PATIENCE * (own_s + PEER_RTT_S + nbytes * 8 / probed_bps) + tiles.SLACK_S
     replay_s = first.compute_s[1] + second.compute_s[1]  # both nodes are as fast
-    whole_s = 2 * LAYER_S  # of the third span, in one piece
-    assert latency_s == pytest.approx(begins_s + wait_s + replay_s + whole_s + back_s - 2.0, abs=1e-9)
+    last_s = sum(third.compute_s) + 2 * FIXED_S  # both tiles
+    assert latency_s == pytest.approx(begins_s + wait_s + replay_s + last_s + back_s - 2.0, abs=1e-9)
 
 
 def test_a_peer_that_comes_back_within_a_chain_is_not_asked_before_its_end(site):
@@ -75,3 +79,26 @@ def test_a_peer_that_comes_back_within_a_chain_is_not_asked_before_its_end(site)
     apart = edge_plan("edge0", "edge1", spans=(CHAIN[0], CHAIN[2]))
     (latency_s,) = play(site, quiet_world(site, [sent_s, 9.0]), [apart])
     assert latency_s < up_s + LAYERS * LAYER_S + back_s - 0.01
+
+
+def play_chains():
+    """Chains that are helped, left alone and given up on the way: their latencies."""
+    place = tower_site(SPEEDS)
+    slots = place.candidates.costs.layout.node_slot
+    busy = quiet_world(place, [2.0, 2.06, 2.12, 9.0], edge1=([2.1, 2.2], [3.0, 0.1]))
+    gone = quiet_world(place, [2.0, 9.0])
+    gone.is_down[slots["edge1"], :20] = True
+    return [*play(place, busy, [CHAINED] * 3), *play(place, gone, [CHAINED])]
+
+
+def test_plain_python_plays_chains_as_they_are_compiled():
+    run = subprocess.run(
+        [sys.executable, "-c", "from tests.test_env_chains import play_chains; print(*play_chains())"],
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = play_chains()
+    assert [float(word) for word in run.stdout.split()] == pytest.approx(expected, rel=1e-9)
+    assert max(expected) > 2 * min(expected)

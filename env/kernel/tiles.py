@@ -6,7 +6,7 @@
 A tile that is out has a slot of its own: it queues at its node among requests and background, and is refused where the
 queue is full. The head goes on, ahead of its queue, when the last is back; it does those itself that are not to come: the
 node is not connected, refused, or took too long. Such a tile is done from the start of its chain on, and stays with the
-head to the chain's end. Where nobody is there to help the span runs in one piece.
+head to the chain's end. Where nobody is there to help at the start of a chain, its spans run in one piece.
 
 Simpler than the runtime: the untiled layers of the edge all run before the first span, and k is noted at their end; tiles
 cross links that nobody else holds, raw, and leave no readings behind; a node is connected unless it is silent now and was
@@ -55,6 +55,9 @@ PATIENCE = 3.0
 SLACK_S = 0.25
 PROTECTION_FACTOR = 1.5
 """As in `runtime.node.scatter`, which needs torch."""
+
+ALL = -1
+"""Taken over: every tile, before the first was sent."""
 
 Tiles = Any
 """Tiles of a lane's plans, (T, TILE_COLUMNS)."""
@@ -117,25 +120,27 @@ def _open_span(w: World, r: Plans, s: Lane, slot: int, node: int) -> None:
     first, end = wide(request.tile), wide(plan.first_tile + plan.num_tiles)
     at = first + 1
     request.crossing_s = 0.0
-    before_s = 0.0  # of tiles taken over now: what other nodes had done of them
     if w.tiles[first, GOES_ON] == 0.0:
         request.taken = 0
     while at < end and w.tiles[at, THERE] >= 0.0:
         if request.taken >> (at - first) & 1:
             request.left_s += w.tiles[at, ALONE_S]
         elif not _is_connected(w, int(w.tiles[at, NODE_AT]), s.now_s) or not _send(w, r, s, slot, at):
-            before_s += w.tiles[at, REPLAY_S] - w.tiles[at, ALONE_S]
             _take_over(w, s, slot, at)
         at += 1
     request.tile = at
     request.scattered_s = s.now_s
     request.is_span_open = request.num_out > 0
     factor = nodes.contention_at(w, node, s.now_s) * nodes.head_noise(w, s, slot)
-    if request.num_out > 0:
-        nodes.go_on(s, node, slot, w.tiles[first, IDLE_S] * factor + w.tiles[first, FIXED_S])
-    else:
+    own_s, fixed_s = w.tiles[first, IDLE_S], w.tiles[first, FIXED_S]
+    if request.num_out == 0:
+        if w.tiles[first, GOES_ON] == 0.0 or request.taken == ALL:
+            request.taken = ALL
+            own_s, fixed_s = w.tiles[first, ALONE_S], 0.0
+        else:
+            own_s += request.left_s
         request.left_s = 0.0
-        nodes.go_on(s, node, slot, (w.tiles[first, ALONE_S] + before_s) * factor)
+    nodes.go_on(s, node, slot, own_s * factor + fixed_s)
 
 
 @compiled
