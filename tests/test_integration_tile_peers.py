@@ -12,12 +12,14 @@ from runtime.deployment import Deployment, ModelConfig, NodeConfig
 from runtime.device.session import Session
 from runtime.model.graph import LayerGraph, trace
 from runtime.model.halo import TileState
+from runtime.model.inputs import admit
 from runtime.model.tiles import TileSegment
-from runtime.planning.chains import Part, find_parts
+from runtime.planning.chains import find_parts, plan_chain
 from runtime.planning.tiles import TileNode, cost_tiles
 from runtime.planning.tiling import plan_tiles
 from runtime.testbed.process import ManagedProcess
 from runtime.types import Plan, Tier, TileSpan
+from runtime.wire import events
 from runtime.wire.channel import Hub
 from runtime.wire.codec import AutoCodec
 from runtime.wire.events import Limits, Received, ReceivedData
@@ -30,19 +32,24 @@ from runtime.wire.messages import (
     Result,
     Status,
     Submit,
+    TileRef,
     Welcome,
 )
 from runtime.wire.pack import Packed, pack, unpack
+from tests.splitting import all_values
 from tests.test_integration_tiles import CHAINED, FAR_S, MODEL, TOLERANCE, error, wait_for_peer
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
 
+QUEUE = 4
+"""Of the real node."""
+
 SPANS = (TileSpan(0, 2, (13,), ()), TileSpan(3, 6, (), (7,)))
 
 
 class Peer:
-    """An edge node that counts what it gets and sends, and behaves as `mood` says: right, busy, broken or error."""
+    """An edge node that counts what it gets and sends, and behaves as `mood` says: right, holds, busy, broken or error."""
 
     def __init__(self, graph: LayerGraph) -> None:
         self.mood = "right"
@@ -53,6 +60,7 @@ class Peer:
         self._model = graph
         self._states: dict[int, TileState] = {}
         self.cancelled: list[int] = []
+        self._answers: list[tuple[events.Peer, int, Packed]] = []
         self._hub = Hub("edge1")
         self.address = self._hub.bind("tcp://127.0.0.1:*", self._welcome)
         self._is_closed = threading.Event()
@@ -75,16 +83,17 @@ class Peer:
         self.received.append((submit, sum(len(frame) for frame in event.frames)))
         assert submit.tile is not None
         at = submit.tile.span
+        self._send_answers()  # what was held back until more came
         if self.mood in ("busy", "error") and at >= self.bad_from:
             self._hub.send(event.peer, Failure(submit.request, self.mood, "as told", "edge1"))
             return
-        (chain,) = (
-            part.chain
-            for part in self._parts(submit.plan)
-            if part.chain and 0 <= at - part.chain.first < len(part.chain.steps)
+        chain, first = next(
+            (part.chain, part.first)
+            for part in find_parts(self._spec, submit.plan, "tensor")
+            if part.chain and 0 <= at - part.first < len(part.chain.steps)
         )
-        step, tile = chain.steps[at - chain.first], submit.tile.tile
-        if at == chain.first:
+        step, tile = chain.steps[at - first], submit.tile.tile
+        if at == first:
             assert submit.tile.run == submit.request
             self._states[submit.request] = TileState(self._model, tile)
         state = self._states[submit.tile.run]
@@ -96,10 +105,14 @@ class Peer:
             made = {name: value[:, :, 1:] for name, value in made.items()}
         packed = pack(made, tuple(made), "raw", AutoCodec(), float("nan"))
         self.sent_bytes.append(packed.nbytes)
-        self._hub.send_data(event.peer, Result(submit.request, (), packed.headers), packed.frames, submit.request)
+        self._answers.append((event.peer, submit.request, packed))
+        if self.mood != "holds" or step is chain.steps[-1]:
+            self._send_answers()
 
-    def _parts(self, plan: Plan) -> tuple[Part, ...]:
-        return find_parts(self._spec, plan, "tensor")
+    def _send_answers(self) -> None:
+        while self._answers:
+            peer, request, packed = self._answers.pop(0)
+            self._hub.send_data(peer, Result(request, (), packed.headers), packed.frames, request)
 
     def close(self) -> None:
         self._is_closed.set()
@@ -126,7 +139,8 @@ def peer(graph: LayerGraph) -> Iterator[Peer]:
 
 @pytest.fixture(scope="module")
 def session(peer: Peer, model: runtime.Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    options = ("--tier", "edge", "--name", "edge0", "--model", MODEL, "--connect", f"edge1={peer.address}")
+    options = ("--tier", "edge", "--name", "edge0", "--model", MODEL, "--queue", str(QUEUE))
+    options += ("--connect", f"edge1={peer.address}")
     worker = ManagedProcess("edge0", "runtime.node", (*options, "--exit-with-stdin"), tmp_path_factory.mktemp("log"))
     try:
         edge0 = NodeConfig(name="edge0", tier=Tier.EDGE, address=worker.wait_line("READY", 100.0))
@@ -212,13 +226,27 @@ def test_a_peer_that_goes_bad_within_a_chain_is_replaced_from_its_start_on_and_a
     assert max(asked) <= (3 if bad_from == 1 else bad_from + 1)
 
 
+@pytest.mark.parametrize("mood", ["broken", "error"])
+@pytest.mark.parametrize("bad_from", [0, 2])
 def test_a_peer_is_told_when_what_it_keeps_is_wanted_no_more(
-    session: Session, peer: Peer, model: runtime.Model
+    mood: str, bad_from: int, session: Session, peer: Peer, model: runtime.Model
 ) -> None:
-    peer.mood, peer.bad_from = "broken", 2
+    peer.mood, peer.bad_from = mood, bad_from
     session.infer(model.example, plan=plan(session, CHAINED), deadline_s=FAR_S)
     (begun,) = [submit.request for submit, _ in peer.received if submit.tile is not None and submit.tile.span == 2]
     wait_for(lambda: begun in peer.cancelled)
+
+
+def test_borders_of_the_head_leave_before_those_of_others_are_back(
+    session: Session, peer: Peer, model: runtime.Model
+) -> None:
+    """The peer keeps the answer to a span to itself until it has been given the next one's borders."""
+    with torch.inference_mode():
+        whole = model.module(model.example)
+    peer.mood = "holds"
+    result = session.infer(model.example, plan=plan(session, CHAINED), deadline_s=FAR_S)
+    assert error(result.output, whole) <= TOLERANCE
+    assert (result.outcome, result.reason) == ("remote", "")
 
 
 def test_a_tile_carries_the_time_that_is_left_and_names_its_place(
@@ -246,3 +274,68 @@ def test_a_status_tells_the_link_to_an_edge_node_that_calls_back_once(session: S
 
         wait_for(is_told)
     assert {tuple(link.target for link in status.links) for status in statuses} == {("edge1",)}
+
+
+class Head:
+    """A head that gives a real node tile 1 of a chain, span by span."""
+
+    def __init__(self, hub: Hub, address: str, graph: LayerGraph, example: torch.Tensor) -> None:
+        self.hub, self.graph = hub, graph
+        self.plan = Plan((Tier.EDGE,) * graph.num_layers, ("head", "edge0"), CHAINED, "raw")
+        self.values = all_values(graph, admit(graph.spec, example))
+        self.node = hub.connect("edge0", address, Hello(PROTOCOL_VERSION, "head", "", CAPABILITIES))
+        self.said: list[Result | Failure] = []
+        wait_for(lambda: self._hear() or self.node.is_up)
+
+    def _hear(self) -> bool:
+        for event in self.hub.poll(0.2):
+            said = event.body if isinstance(event, ReceivedData) else getattr(event, "message", None)
+            if isinstance(said, Result | Failure):
+                self.said.append(said)
+        return False
+
+    def submit(self, number: int, span: int, run: int) -> None:
+        step = plan_chain(self.graph.spec, CHAINED[2:]).steps[span - 2]
+        pieces = {
+            piece.label: self.values[piece.name][:, :, slice(*piece.region.rows), slice(*piece.region.cols)]
+            for piece in step.takes[1]
+        }
+        packed = pack(pieces, tuple(pieces), "raw", AutoCodec(), float("nan"))
+        ref = TileRef(span, 1, run)
+        submit = Submit(number, self.graph.model_id, self.plan, "tensor", FAR_S, packed.headers, tile=ref)
+        self.hub.send_data(self.node, submit, packed.frames, number)
+
+    def answer(self) -> Result | Failure:
+        wait_for(lambda: self._hear() or bool(self.said))
+        return self.said.pop(0)
+
+
+@pytest.fixture
+def head(session: Session, graph: LayerGraph, model: runtime.Model) -> Iterator[Head]:
+    with Hub("head") as hub:
+        yield Head(hub, session.deployment.nodes[0].address, graph, model.example)
+
+
+def test_a_node_keeps_a_chain_until_it_is_told_that_it_is_given_up(head: Head) -> None:
+    for number, span in enumerate((2, 3, 4), 10):
+        head.submit(number, span, run=10)
+        assert isinstance(head.answer(), Result)
+    head.submit(20, 2, run=20)
+    assert isinstance(head.answer(), Result)
+    head.hub.send(head.node, Cancel(20))
+    head.submit(21, 3, run=20)
+    answer = head.answer()
+    assert isinstance(answer, Failure)
+    assert "nothing was kept of the span before; submit the chain from its start" in answer.text
+
+
+def test_a_node_begins_no_more_chains_than_may_wait_and_goes_on_with_all_of_them(head: Head) -> None:
+    capacity = QUEUE
+    for number in range(capacity + 1):
+        head.submit(number, 2, run=number)
+    answers = [head.answer() for _ in range(capacity + 1)]
+    refused = [answer for answer in answers if isinstance(answer, Failure)]
+    assert [answer.kind for answer in refused] == ["busy"]
+    for number in {*range(capacity + 1)} - {answer.request for answer in refused}:
+        head.submit(100 + number, 3, run=number)
+        assert isinstance(head.answer(), Result)

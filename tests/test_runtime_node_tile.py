@@ -38,13 +38,14 @@ def never() -> bool:
 
 
 def test_a_tile_goes_on_from_what_was_kept_of_it(model: HostedModel, values: dict[str, torch.Tensor]) -> None:
-    chain = TileRun.of(plan_of(model), TileRef(2, 1, 7), model).chain
-    assert chain.first == 2
+    begun = TileRun.of(plan_of(model), TileRef(2, 1, 7), model)
+    chain, first = begun.chain, begun.first
+    assert (first, begun.is_first) == (2, True)
     head = TileState(model.graph, 0, {name: values[name] for name in chain.stage.needs})
     kept, made = None, dict[str, torch.Tensor]()
-    for at, step in enumerate(chain.steps, chain.first):
+    for at, step in enumerate(chain.steps, first):
         run = TileRun.of(plan_of(model), TileRef(at, 1, 7), model)
-        assert (run.state is None) == (at > chain.first)
+        assert (run.state is None) == (at > first)
         run.state = run.state or kept
         pieces = head.give(step.takes[1])
         assert tuple(pieces) == run.takes
@@ -82,20 +83,52 @@ def test_grids_of_absurd_size_are_refused_before_they_are_worked_out(model: Host
             TileRun.of(plan_of(model, spans, num_nodes), TileRef(0, 1, 7), model)
 
 
-def test_what_is_kept_is_kept_once_for_one_client_until_its_deadline_and_up_to_a_number(model: HostedModel) -> None:
-    clients = [Peer(name, "", is_client=True) for name in ("edge0", "edge2")]
-    states = [TileState(model.graph, 1) for _ in range(4)]
-    held = Held(capacity=3)
-    held.put((clients[0], 1), states[0], 10.0)
-    assert held.take((clients[1], 1)) is None
-    assert held.take((clients[0], 1)) is states[0]
-    assert held.take((clients[0], 1)) is None
-    for number, state in enumerate(states):
-        held.put((clients[number % 2], number), state, 10.0 + number)
+def keys() -> list[tuple[Peer, int]]:
+    return [(Peer(name, "", is_client=True), 7) for name in ("edge0", "edge2")]
+
+
+def test_what_is_kept_is_kept_for_one_chain_of_one_client_and_taken_once(model: HostedModel) -> None:
+    held, (key, other) = Held(), keys()
+    runs = [TileRun.of(plan_of(model), TileRef(at, 1, 7), model) for at in (2, 3, 4)]
+    held.enter(key, runs[0], 10.0)
+    held.enter(key, runs[1], 10.0)  # the head need not wait for the first
+    state = runs[0].state
+    assert state is not None
+    assert held.take(key) is None
+    held.put(key, state)
+    assert held.take(other) is None
+    assert held.take(key) is state
+    assert held.take(key) is None
+    held.drop(key)
+    held.put(key, state)  # given up meanwhile
+    assert held.take(key) is None
+    assert len(held) == 0
+
+
+def test_spans_that_do_not_follow_are_refused(model: HostedModel) -> None:
+    held, (key, other) = Held(), keys()
+    plan, moved = plan_of(model), plan_of(model, (*CHAINED[:3], TileSpan(4, 5, (9,), ()), CHAINED[4]))
+    held.enter(key, TileRun.of(plan, TileRef(2, 1, 7), model), 10.0)
+    for wrong_key, wrong_plan, ref in (
+        (key, plan, TileRef(4, 1, 7)),
+        (key, plan, TileRef(3, 0, 7)),
+        (key, moved, TileRef(3, 1, 7)),
+        (other, plan, TileRef(3, 1, 7)),
+    ):
+        with pytest.raises(PlanError, match="from its start on, one by one"):
+            held.enter(wrong_key, TileRun.of(wrong_plan, ref, model), 10.0)
+    held.enter(key, TileRun.of(plan, TileRef(3, 1, 7), model), 10.0)
+    with pytest.raises(PlanError, match="one by one"):
+        held.enter(key, TileRun.of(plan, TileRef(3, 1, 7), model), 10.0)
+
+
+def test_chains_are_forgotten_at_their_deadlines_and_with_their_clients(model: HostedModel) -> None:
+    held, (key, other) = Held(), keys()
+    for at, each in enumerate((key, (key[0], 8), other)):
+        held.enter(each, TileRun.of(plan_of(model), TileRef(0, 1, each[1]), model), 10.0 + at)
     assert len(held) == 3
-    assert held.take((clients[0], 0)) is None  # the oldest had to go
-    held.drop_late(11.5)
-    assert held.take((clients[1], 1)) is None
-    held.drop_client(clients[1])
+    held.drop_late(10.5)
+    assert len(held) == 2
+    held.drop_client(key[0])
     assert len(held) == 1
-    assert held.take((clients[0], 2)) is states[2]
+    held.enter(other, TileRun.of(plan_of(model), TileRef(1, 1, 7), model), 12.0)

@@ -178,7 +178,7 @@ def test_a_stage_runs_its_chains_and_what_lies_between_them_in_order() -> None:
     stage = make_stage(VGG_TOP, Tier.EDGE, (0, 1, 2))
     parts = plan_parts(VGG_TOP, stage, (TileSpan(0, 1, (16,), ()), TileSpan(2, 3, (4,), (4,))))
     assert [part.stage.layers for part in parts] == [(0,), (1,), (2,)]
-    assert [None if part.chain is None else (part.chain.first, part.chain.num_tiles) for part in parts] == [
+    assert [None if part.chain is None else (part.first, part.chain.num_tiles) for part in parts] == [
         (0, 2),
         None,
         (1, 4),

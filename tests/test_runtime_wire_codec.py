@@ -399,3 +399,11 @@ def test_the_order_of_dimensions_is_from_outermost_to_innermost():
     assert dim_order(torch.empty(2, 3, 4).permute(2, 0, 1)) == (1, 2, 0)
     assert dim_order(torch.empty(2, 3, 4, 5, memory_format=torch.channels_last)) == (0, 2, 3, 1)
     assert dim_order(torch.empty(())) == ()
+
+
+def test_pieces_of_a_value_share_what_is_remembered_of_it() -> None:
+    auto, ramp = AutoCodec(CodecRates(1e9, 1e9)), torch.arange(4096, dtype=torch.float32)
+    auto.encode("v[0:1,0:64]", ramp, "lossless", 1e6)
+    assert auto.ratio("v") > 1.0
+    assert auto.encode("v[7:8,0:64]", ramp, "auto", 1e6)[0].codec == "lossless"
+    assert math.isnan(auto.ratio("v[7:8,0:64]"))

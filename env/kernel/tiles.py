@@ -12,7 +12,8 @@ Simpler than the runtime: the untiled layers of the edge all run before the firs
 cross links that nobody else holds, raw, and leave no readings behind; a node is connected unless it is silent now and was
 `LOST_AFTER_S` ago; a lost connection ends no wait before patience does, and patience is by the slowest crossing of all tiles
 sent, not of those still out; background is not turned away for requests that gather; segments of tiles are built already;
-borders of a chain's tiles go to other nodes when all of the span before is back; what the head has taken over it does last.
+borders of a chain's tiles go to other nodes when all of the span before is back; what the head has taken over it does last;
+a node may be too busy for a chain's next span.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Running a span of layers tile by tile: the same operations on a region of every map.
 
 A tile is a small graph of its own (`runtime.model.tile_graph`). So it runs as any segment does, with the same promises,
-on a node that was given nothing but the slices of the span's inputs.
+on a node that has nothing but the regions that it reads (`runtime.model.halo`).
 
 Equal to the whole span within rounding, not bit for bit: kernels choose their order of summation by the shape. So other
 kernels may be used too: see `runtime.model.kernels`.
@@ -30,14 +30,11 @@ and forth between a few plans. Guess."""
 
 
 def slice_inputs(values: Mapping[str, torch.Tensor], regions: Mapping[str, Region]) -> dict[str, torch.Tensor]:
-    """Cut what a tile needs out of the span's inputs.
+    """Cut regions out of whole maps, as views.
 
     Args:
         values: tensors by name, every name in `regions` among them; maps (batch, channels, rows, columns).
-        regions: `Tile.inputs`.
-
-    Returns:
-        Views into `values`: whoever sends them copies just these bytes.
+        regions: `Tile.inputs` or `Tile.outputs`.
     """
     return {name: crop(values[name], region) for name, region in regions.items()}
 

@@ -55,16 +55,20 @@ class ChainRun:
         model: what runs.
         plan: whose chain it is.
         chain: the spans.
+        first: index of the first of them in `plan.tiles`.
         values: what the chain needs.
     """
 
-    def __init__(self, model: HostedModel, plan: Plan, chain: Chain, values: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, model: HostedModel, plan: Plan, chain: Chain, first: int, values: Mapping[str, torch.Tensor]
+    ) -> None:
         self.chain = chain
         self.compute_s = 0.0
         self.extra_s = 0.0  # idle seconds of tiles that were taken over
         self.redone: list[str] = []  # why
         self._model = model
         self._plan = plan
+        self._first = first
         self._at = 0  # index of the step
         self._has_run = False  # the own tiles of this step
         self._is_sent: threading.Event | None = None  # what was given to the loop last
@@ -82,7 +86,7 @@ class ChainRun:
     @property
     def at(self) -> int:
         """The span that is run now, as an index in `Plan.tiles`."""
-        return self.chain.first + self._at
+        return self._first + self._at
 
     def advance(
         self, means: Means, waiting: set[Out], back: dict[Out, Packed], lost: Mapping[int, str]
@@ -141,11 +145,11 @@ class ChainRun:
     def _send(self, at: int, tiles: list[int], means: Means, waiting: set[Out]) -> None:
         step, parcels = self.chain.steps[at], []
         for tile in tiles:
-            pieces = self._collect(step, tile)
+            pieces = {label: _detach(piece) for label, piece in self._collect(step, tile).items()}
             self._given[tile].append(pieces)
             packed = pack(pieces, tuple(pieces), self._plan.codec, means.auto, means.peers_bps[tile])
             is_last = at + 1 == len(self.chain.steps)
-            parcels.append(Parcel((self.chain.first + at, tile), packed, step.give_bytes[tile], at == 0, is_last))
+            parcels.append(Parcel((self._first + at, tile), packed, step.give_bytes[tile], at == 0, is_last))
         if parcels:
             waiting.update(parcel.out for parcel in parcels)
             self._is_sent = means.scatter(tuple(parcels))
@@ -206,3 +210,8 @@ class ChainRun:
 
     def _tile_s(self, step: Step, tile: int) -> float:
         return self._model.tile_s(step.tiling.span)[tile]
+
+
+def _detach(piece: torch.Tensor) -> torch.Tensor:
+    """A border as a copy: as a view it would keep its whole map until the end of the chain."""
+    return piece.clone() if 2 * piece.nbytes < piece.untyped_storage().nbytes() else piece

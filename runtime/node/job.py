@@ -130,21 +130,36 @@ class Job:
         made = set(self.stage.makes)
         return tuple(name for name in dict.fromkeys(self.model.graph.spec.outputs) if name in made)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether this is a span of a chain that was begun here."""
+        return self.tile is not None and not self.tile.is_first
+
+    def enter(self, held: Held) -> None:
+        """Note which span of which chain this is, where it is a tile.
+
+        Raises:
+            PlanError: when it is not the one that its chain goes on with.
+        """
+        if self.tile is not None:
+            held.enter((self.client, self.tile.ref.run), self.tile, self.arrived_at_s + self.submit.remaining_s)
+
     def recall(self, held: Held) -> None:
-        """Take up what was kept of the span before, where this is a tile of a later one."""
-        if self.tile is not None and self.tile.state is None:
+        """Take up what was kept of the span before."""
+        if self.tile is not None and self.goes_on:
             self.tile.state = held.take((self.client, self.tile.ref.run))
 
     def keep(self, held: Held) -> None:
-        """Keep what the next span goes on from, where this is a tile of an earlier one."""
-        if self.tile is not None and self.tile.state is not None and not self.tile.is_last:
-            until_s = self.arrived_at_s + self.submit.remaining_s
-            held.put((self.client, self.tile.ref.run), self.tile.state, until_s)
+        """Keep what the next span goes on from; nothing after the last."""
+        if self.tile is not None and self.tile.is_last:
+            self.forget(held)
+        elif self.tile is not None and self.tile.state is not None:
+            held.put((self.client, self.tile.ref.run), self.tile.state)
 
     def forget(self, held: Held) -> None:
         """Keep nothing: the request was given up."""
         if self.tile is not None:
-            held.take((self.client, self.tile.ref.run))
+            held.drop((self.client, self.tile.ref.run))
 
     def relay(self) -> None:
         """Pass on what came in: this node has no layers of the plan."""

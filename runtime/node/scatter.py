@@ -31,6 +31,7 @@ class _Tile:
 
     key: Key
     out: Out
+    run: int  # number of the message that began its chain
     peer: Peer
     sent_at_s: float
     transfer_s: float  # expected, both ways
@@ -87,13 +88,14 @@ class Scatter:
         number = self._next_number()
         index, tile = parcel.out
         if parcel.is_first:
+            self._forget_run(key, tile)
             self._runs.setdefault(key, {})[tile] = peer, number
         elif tile not in self._runs.get(key, {}):
             job.tiled.waiting.discard(parcel.out)  # given up meanwhile: the head will see to it
             return
         _, run = self._runs[key].pop(tile) if parcel.is_last else self._runs[key][tile]
         transfer_s = self._transfer_s(peer, parcel.packed.nbytes + parcel.back_bytes)
-        self._out[number] = _Tile(key, parcel.out, peer, now_s, transfer_s)
+        self._out[number] = _Tile(key, parcel.out, run, peer, now_s, transfer_s)
         left_s = job.arrived_at_s + job.submit.remaining_s - now_s
         submit = Submit(
             number,
@@ -139,6 +141,7 @@ class Scatter:
         due = [key for key, at_s in self._give_up_at_s.items() if now_s >= at_s]
         ended = []
         for key in due:
+            del self._give_up_at_s[key]
             for number, tile in self._waited_for(key):
                 self._recall(number, tile)
                 ended += self.fail(number, "late")
@@ -172,8 +175,12 @@ class Scatter:
 
     def wait(self, key: Key, deadline_at_s: float, now_s: float) -> None:
         """The head's own tile is done: from here on other nodes are waited for, and for how long."""
-        job, out = self._jobs[key], [tile for _, tile in self._waited_for(key)]
-        if job.tiled is None or not out:
+        job = self._jobs[key]
+        if job.tiled is None:
+            return
+        self._leave(key, job.tiled.own)
+        out = [tile for _, tile in self._waited_for(key)]
+        if not out:
             return
         own_s = now_s - min(tile.sent_at_s for tile in out)
         at_s = max(tile.sent_at_s + PATIENCE * (own_s + tile.transfer_s) + SLACK_S for tile in out)
@@ -190,6 +197,15 @@ class Scatter:
         at = None if tiled is None else tiled.at
         return [(number, tile) for number, tile in self._out.items() if tile.key == key and tile.out[0] == at]
 
+    def _leave(self, key: Key, tiles: frozenset[int]) -> None:
+        """The head has taken tiles over: nothing more of them is wanted."""
+        for tile in tiles:
+            self._forget_run(key, tile)
+        for number, out in list(self._out.items()):
+            if out.key == key and out.out[1] in tiles:
+                del self._out[number]
+                self._recall(number, out)
+
     def drop(self, key: Key) -> None:
         """A request has ended: its tiles are wanted no more."""
         self._give_up_at_s.pop(key, None)
@@ -202,5 +218,7 @@ class Scatter:
         self._runs.pop(key, None)
 
     def _recall(self, number: int, tile: _Tile) -> None:
+        """A message is wanted no more, nor what its node keeps of the chain."""
         self._hub.withdraw(tile.peer, number)
-        self._hub.send(tile.peer, Cancel(number))
+        for each in {number, tile.run}:
+            self._hub.send(tile.peer, Cancel(each))

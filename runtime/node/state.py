@@ -126,7 +126,15 @@ class NodeMachine:
         return not self._requests
 
     def arrive(
-        self, key: Key, *, remaining_s: float, has_compute: bool, has_next: bool, now_s: float
+        self,
+        key: Key,
+        *,
+        remaining_s: float,
+        has_compute: bool,
+        has_next: bool,
+        now_s: float,
+        num_chains: int = 0,
+        goes_on: bool = False,
     ) -> list[Instruction]:
         """Take a request.
 
@@ -136,6 +144,8 @@ class NodeMachine:
             has_compute: it brings layers for this node.
             has_next: something must go on to the next node.
             now_s: this instant.
+            num_chains: chains of tiles that are begun here, with this one if it begins one: no more than may wait.
+            goes_on: it is a span of one of them, and has its place since that began.
         """
         if key in self._requests:
             return []
@@ -144,7 +154,7 @@ class NodeMachine:
         if self.is_draining:
             return [self._refuse_unseen(key, "busy", "the node is shutting down")]
         num_waiting = len(self._queue) + len(self._gathering) + len(self._ready)
-        if has_compute and num_waiting >= self.capacity:
+        if has_compute and not goes_on and max(num_waiting, num_chains - 1) >= self.capacity:
             return [self._refuse_unseen(key, "busy", f"{num_waiting} requests wait and the queue holds no more")]
         request = _Request(Phase.QUEUED, now_s, now_s + remaining_s, has_next)
         self._requests[key] = request

@@ -1,6 +1,5 @@
 """A single tile of another head's stage: what it is given, what it keeps for the next span, what it gives."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from runtime.types import Plan
 from runtime.wire.events import Peer
 from runtime.wire.messages import TileRef
 
-Run = tuple[Peer, int]
+ChainKey = tuple[Peer, int]
 """Whose tile, and the number of the `Submit` that began its chain."""
 
 
@@ -24,6 +23,7 @@ class TileRun:
 
     ref: TileRef
     chain: Chain
+    first: int  # index of the chain's first span in `Plan.tiles`
     state: TileState | None = None  # what was kept of the span before; None: nothing
 
     @classmethod
@@ -39,15 +39,20 @@ class TileRun:
         first = 0
         for spans in find_chains(plan.tiles):
             if ref.span < first + len(spans):
-                chain = plan_chain(model.graph.spec, spans, first)
-                return cls(ref, chain, TileState(model.graph, ref.tile) if ref.span == first else None)
+                state = TileState(model.graph, ref.tile) if ref.span == first else None
+                return cls(ref, plan_chain(model.graph.spec, spans), first, state)
             first += len(spans)
         raise AssertionError("every span is in a chain")
 
     @property
     def step(self) -> Step:
         """The span, as a step of its chain."""
-        return self.chain.steps[self.ref.span - self.chain.first]
+        return self.chain.steps[self.ref.span - self.first]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing was to be kept before it."""
+        return self.ref.span == self.first
 
     @property
     def is_last(self) -> bool:
@@ -102,38 +107,70 @@ def check_grids(plan: Plan) -> None:
             )
 
 
-class Held:
-    """What is kept of tiles from span to span, until their chains go on or are given up.
+@dataclass(slots=True)
+class _Begun:
+    """A chain of which a node runs a tile."""
 
-    Args:
-        capacity: chains at most; of more the one that was kept longest is forgotten, and its head does the tile.
+    chain: Chain
+    tile: int
+    next_span: int  # index in `Plan.tiles` of the one that is to come next
+    until_s: float
+    state: TileState | None = None  # None while a span of it waits or runs
+
+
+class Held:
+    """The chains that other heads have begun here, and what is kept of their tiles from span to span.
+
+    Until the last span, the request's deadline, or word that a chain is given up.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._kept: OrderedDict[Run, tuple[TileState, float]] = OrderedDict()
+    def __init__(self) -> None:
+        self._begun: dict[ChainKey, _Begun] = {}
 
     def __len__(self) -> int:
-        """Chains of which something is kept."""
-        return len(self._kept)
+        """Chains that are begun."""
+        return len(self._begun)
 
-    def put(self, run: Run, state: TileState, until_s: float) -> None:
-        """Keep what a tile has, at most until its request's deadline."""
-        self._kept[run] = state, until_s
-        if len(self._kept) > self._capacity:
-            self._kept.popitem(last=False)
+    def enter(self, key: ChainKey, run: TileRun, until_s: float) -> None:
+        """Note that a span has come.
 
-    def take(self, run: Run) -> TileState | None:
-        """What was kept; it is kept no more."""
-        state, _ = self._kept.pop(run, (None, 0.0))
+        Raises:
+            PlanError: when it is not the one that its chain goes on with, or nothing is known of the chain here.
+        """
+        if run.is_first:
+            self._begun[key] = _Begun(run.chain, run.ref.tile, run.ref.span, until_s)
+        begun = self._begun.get(key)
+        expected = None if begun is None else (begun.chain.spans, begun.tile, begun.next_span)
+        if begun is None or expected != (run.chain.spans, run.ref.tile, run.ref.span):
+            raise PlanError(
+                f"expected a chain of spans from its start on, one by one, got tile {run.ref.tile} of span "
+                f"{run.ref.span} and nothing was kept of the span before; submit the chain from its start"
+            )
+        begun.next_span += 1
+
+    def put(self, key: ChainKey, state: TileState) -> None:
+        """Keep what a tile has; nothing where its chain was given up meanwhile."""
+        if key in self._begun:
+            self._begun[key].state = state
+
+    def take(self, key: ChainKey) -> TileState | None:
+        """What was kept, for whoever goes on with it; None where nothing was."""
+        begun = self._begun.get(key)
+        if begun is None:
+            return None
+        state, begun.state = begun.state, None
         return state
+
+    def drop(self, key: ChainKey) -> None:
+        """A chain is at its end, or given up."""
+        self._begun.pop(key, None)
 
     def drop_client(self, client: Peer) -> None:
         """A head is gone."""
-        for run in [run for run in self._kept if run[0] == client]:
-            del self._kept[run]
+        for key in [key for key in self._begun if key[0] == client]:
+            del self._begun[key]
 
     def drop_late(self, now_s: float) -> None:
         """Forget what has outlived its deadline."""
-        for run in [run for run, (_, until_s) in self._kept.items() if now_s > until_s]:
-            del self._kept[run]
+        for key in [key for key, begun in self._begun.items() if now_s > begun.until_s]:
+            del self._begun[key]

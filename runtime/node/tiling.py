@@ -50,10 +50,14 @@ class TiledRun:
         return None if self._open is None else self._open.at
 
     @property
+    def own(self) -> frozenset[int]:
+        """The tiles that the head runs of the chain that is open."""
+        return frozenset() if self._open is None else self._open.own
+
+    @property
     def is_waiting(self) -> bool:
         """Whether tiles are out without which the head cannot go on."""
-        run = self._open
-        return run is not None and any(at == run.at and tile not in run.own for at, tile in tuple(self.waiting))
+        return any(at == self.at and tile not in self.own for at, tile in tuple(self.waiting))
 
     @property
     def remainder_s(self) -> float:
@@ -106,7 +110,7 @@ class TiledRun:
         given = {name: self._values[name] for name in part.stage.needs}
         if part.chain is not None:
             if any(tile in means.peers_bps for tile in range(1, part.chain.num_tiles)):
-                self._open = ChainRun(self.model, self.plan, part.chain, given)
+                self._open = ChainRun(self.model, self.plan, part.chain, part.first, given)
                 return
             self._note_down(part.chain)
         made, seconds = self.model.run(part.stage, given, should_stop=means.should_stop)

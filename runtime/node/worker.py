@@ -99,7 +99,7 @@ class Worker:
         self._introduced: deque[tuple[str, NextNode]] = deque()  # to connect to; from any thread
         self._measured: deque[HostedModel] = deque()  # from the thread that measures
         self._scatter = Scatter(self._hub, self._jobs, self._take_number)
-        self._held = Held(capacity=config.queue)
+        self._held = Held()
         self._refusals: dict[str, str] = {}  # next node -> why it does not want us
 
     def bind(self) -> str:
@@ -277,7 +277,7 @@ class Worker:
                     self._clients[peer].add(model_id)
                 self._describe(peer, self._models[model_id])
             case Cancel(request=request):
-                self._held.take((peer, request))
+                self._held.drop((peer, request))
                 self._execute(self._machine.cancel((peer, request)))
             case Failure(request=number, kind=kind, text=text) as failure if number in self._upstream:
                 key = self._upstream[number]
@@ -290,23 +290,25 @@ class Worker:
     def _accept(self, client: Peer, submit: Submit, received: Packed, nbytes: int) -> None:
         now_s = time.perf_counter()
         key: Key = (client, submit.request)
+        if key in self._jobs:
+            return  # the same request twice: the first one counts
         try:
             job = Job.accept(client, submit, self._model(submit), self._tier, received, nbytes, now_s)
+            job.enter(self._held)
         except (OffcutError, ValueError) as error:
             self._fail(client, submit.request, "error", str(error), is_plan_fault=isinstance(error, PlanError))
             return
-        if key in self._jobs:
-            return  # the same request twice: the first one counts
         self._jobs[key] = job
-        self._execute(
-            self._machine.arrive(
-                key,
-                remaining_s=submit.remaining_s,
-                has_compute=bool(job.stage.layers),
-                has_next=job.has_next,
-                now_s=now_s,
-            )
+        instructions = self._machine.arrive(
+            key,
+            remaining_s=submit.remaining_s,
+            has_compute=bool(job.stage.layers),
+            has_next=job.has_next,
+            num_chains=len(self._held) if job.tile is not None else 0,
+            goes_on=job.goes_on,
+            now_s=now_s,
         )
+        self._execute(instructions)
 
     def _model(self, submit: Submit) -> HostedModel:
         model = self._models.get(submit.model_id)

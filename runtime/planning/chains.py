@@ -64,11 +64,8 @@ class Step:
 class Chain:
     """Spans without a gap between them, on as many tiles. One span alone is a chain, too."""
 
-    first: int  # index of its first span in `Plan.tiles`
     stage: Stage  # what it needs and makes as a whole
     steps: tuple[Step, ...]
-    shares: Mapping[str, tuple[Region, ...]]
-    """Which part of each value that the chain makes each tile has: of all tiles together every position once."""
 
     @property
     def spans(self) -> tuple[TileSpan, ...]:
@@ -87,6 +84,7 @@ class Part:
 
     stage: Stage
     chain: Chain | None = None
+    first: int = 0  # index of the chain's first span in `Plan.tiles`
 
 
 def find_chains(spans: Sequence[TileSpan]) -> tuple[tuple[TileSpan, ...], ...]:
@@ -101,13 +99,12 @@ def find_chains(spans: Sequence[TileSpan]) -> tuple[tuple[TileSpan, ...], ...]:
     return tuple(map(tuple, chains))
 
 
-def plan_chain(graph: GraphSpec, spans: Sequence[TileSpan], first: int = 0) -> Chain:
+def plan_chain(graph: GraphSpec, spans: Sequence[TileSpan]) -> Chain:
     """Work out what every tile of a chain is given and gives, span by span; cached per graph and spans.
 
     Args:
         graph: the model.
         spans: one of `find_chains`.
-        first: index of the first of them in `Plan.tiles`.
 
     Raises:
         PlanError: when a span is not tileable in this graph, lines do not cut every output, or spans are no chain.
@@ -117,11 +114,11 @@ def plan_chain(graph: GraphSpec, spans: Sequence[TileSpan], first: int = 0) -> C
             f"expected spans that follow each other without a gap, on as many tiles, got "
             f"{[span.describe() for span in spans]}; see find_chains"
         )
-    return _plan_chain(ById(graph), tuple(spans), first)
+    return _plan_chain(ById(graph), tuple(spans))
 
 
 @lru_cache(maxsize=1024)
-def _plan_chain(by_id: ById, spans: tuple[TileSpan, ...], first: int) -> Chain:
+def _plan_chain(by_id: ById, spans: tuple[TileSpan, ...]) -> Chain:
     graph = by_id.spec
     tilings = [plan_tiles(graph, span) for span in spans]
     stage = make_stage(graph, Tier.EDGE, range(spans[0].start, spans[-1].stop))
@@ -135,7 +132,7 @@ def _plan_chain(by_id: ById, spans: tuple[TileSpan, ...], first: int) -> Chain:
         later = {name for other in tilings[index + 1 :] for name in other.stage.needs}
         take_bytes, give_bytes = (_count_bytes(graph, pieces) for pieces in (takes[index], gives))
         steps.append(Step(tiling, takes[index], gives, take_bytes, give_bytes, frozenset(later.union(stage.makes))))
-    return Chain(first, stage, tuple(steps), {name: shares[name] for name in stage.makes})
+    return Chain(stage, tuple(steps))
 
 
 def _take(
@@ -243,8 +240,8 @@ def plan_parts(graph: GraphSpec, stage: Stage, spans: Iterable[TileSpan]) -> tup
         before = [layer for layer in stage.layers if done <= layer < chain[0].start]
         if before:
             parts.append(Part(make_stage(graph, stage.tier, before)))
-        planned = plan_chain(graph, chain, first)
-        parts.append(Part(planned.stage, planned))
+        planned = plan_chain(graph, chain)
+        parts.append(Part(planned.stage, planned, first))
         done, first = chain[-1].stop, first + len(chain)
     after = [layer for layer in stage.layers if layer >= done]
     if after:

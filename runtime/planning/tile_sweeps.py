@@ -27,8 +27,8 @@ WHOLE = (1, 1)
 """At the head."""
 
 APART = (0, 0)
-"""At the head, behind spans of which none left its map cut: of these the search knows what they cost, of others it
-guesses where borders are."""
+"""At the head, and so behind every span before. What such spans cost the search knows; how wide the borders of a map are that
+was left cut it guesses, and may be wrong: so the best of these is compared with the best of all."""
 
 PATIENCE = 8
 """Starts in a row that may win no compute over a later one before earlier ones are given up: redundant work has eaten

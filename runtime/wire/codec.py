@@ -462,12 +462,13 @@ class AutoCodec:
         chosen = self._choose(name, tensor, bandwidth_bps) if codec == "auto" else codec
         header, frame = encode(name, tensor, chosen)
         if chosen == "lossless" and tensor.nbytes:
-            self._remember(name, tensor.nbytes / header.frame_bytes)
+            self._remember(_memory_of(name), tensor.nbytes / header.frame_bytes)
         return header, frame
 
     def _choose(self, name: str, tensor: torch.Tensor, bandwidth_bps: float) -> str:
         if math.isnan(bandwidth_bps) or tensor.nbytes < _MIN_LOSSLESS_BYTES:
             return "raw"
+        name = _memory_of(name)
         uses = self._raw_uses.get(name, 0)
         if name not in self._ratios or uses >= _RAW_USES_PER_SAMPLE:
             self._remember(name, _sample_ratio(tensor))
@@ -479,6 +480,11 @@ class AutoCodec:
     def _remember(self, name: str, ratio: float) -> None:
         old = self._ratios.get(name, ratio)
         self._ratios[name] = old + _RATIO_WEIGHT * (ratio - old)
+
+
+def _memory_of(name: str) -> str:
+    """What a tensor is remembered as: a piece of a value, `conv1[12:13,0:56]`, as the value."""
+    return name.partition("[")[0]
 
 
 def _sample_ratio(tensor: torch.Tensor) -> float:
