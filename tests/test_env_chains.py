@@ -1,9 +1,5 @@
 """Chains of tiled spans in the twin: only borders cross, and a tile that is lost is done from the chain's start on."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from env.kernel import tiles
@@ -23,6 +19,7 @@ from tests.test_env_tiles import (
     tower_site,
     way_s,
 )
+from tests.test_env_twin import in_plain_python
 
 pytestmark = pytest.mark.timeout(600)  # the first use after a change of the dynamics compiles them
 
@@ -92,13 +89,6 @@ def play_chains():
 
 
 def test_plain_python_plays_chains_as_they_are_compiled():
-    run = subprocess.run(
-        [sys.executable, "-c", "from tests.test_env_chains import play_chains; print(*play_chains())"],
-        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     expected = play_chains()
-    assert [float(word) for word in run.stdout.split()] == pytest.approx(expected, rel=1e-9)
+    assert in_plain_python(__name__, "play_chains") == pytest.approx(expected, rel=1e-9)
     assert max(expected) > 2 * min(expected)

@@ -333,12 +333,17 @@ def test_fields_of_records_are_not_hidden_by_numpy():
     assert not names & set(dir(np.record))
 
 
-def test_plain_python_plays_what_is_compiled():
+def in_plain_python(module, name):
+    """The numbers that a function of a test module returns where nothing is compiled."""
     run = subprocess.run(
-        [sys.executable, "-c", "from tests.test_env_twin import play_overlapping; print(*play_overlapping())"],
+        [sys.executable, "-c", f"from {module} import {name}; print(*{name}())"],
         env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert [float(word) for word in run.stdout.split()] == pytest.approx(play_overlapping(), rel=1e-9)
+    return [float(word) for word in run.stdout.split()]
+
+
+def test_plain_python_plays_what_is_compiled():
+    assert in_plain_python(__name__, "play_overlapping") == pytest.approx(play_overlapping(), rel=1e-9)
