@@ -3,7 +3,7 @@
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 from runtime.node.chain import Out, Parcel
@@ -154,12 +154,7 @@ class Scatter:
         tiled.waiting.discard(out)
         if why:
             tiled.lost.setdefault(out[1], why)
-            self._forget_run(key, out[1])
-            for number, tile in list(self._out.items()):
-                if tile.key == key and tile.out[1] == out[1]:
-                    del self._out[number]
-                    tiled.waiting.discard(tile.out)
-                    self._recall(number, tile)
+            tiled.waiting -= self._leave(key, {out[1]})
         if tiled.is_waiting:
             return []
         self._give_up_at_s.pop(key, None)
@@ -178,7 +173,7 @@ class Scatter:
         job = self._jobs[key]
         if job.tiled is None:
             return
-        self._leave(key, job.tiled.own)
+        job.tiled.waiting -= self._leave(key, job.tiled.own)
         out = [tile for _, tile in self._waited_for(key)]
         if not out:
             return
@@ -197,24 +192,23 @@ class Scatter:
         at = None if tiled is None else tiled.at
         return [(number, tile) for number, tile in self._out.items() if tile.key == key and tile.out[0] == at]
 
-    def _leave(self, key: Key, tiles: frozenset[int]) -> None:
-        """The head has taken tiles over: nothing more of them is wanted."""
-        for tile in tiles:
-            self._forget_run(key, tile)
-        for number, out in list(self._out.items()):
-            if out.key == key and out.out[1] in tiles:
+    def _leave(self, key: Key, tiles: Set[int] | None = None) -> set[Out]:
+        """Nothing more is wanted of some tiles of a request, or of all; return those that were out."""
+        for index in list(self._runs.get(key, ())):
+            if tiles is None or index in tiles:
+                self._forget_run(key, index)
+        left = set()
+        for number, tile in list(self._out.items()):
+            if tile.key == key and (tiles is None or tile.out[1] in tiles):
                 del self._out[number]
-                self._recall(number, out)
+                self._recall(number, tile)
+                left.add(tile.out)
+        return left
 
     def drop(self, key: Key) -> None:
         """A request has ended: its tiles are wanted no more."""
         self._give_up_at_s.pop(key, None)
-        for number, tile in list(self._out.items()):
-            if tile.key == key:
-                del self._out[number]
-                self._recall(number, tile)
-        for index in list(self._runs.get(key, ())):
-            self._forget_run(key, index)
+        self._leave(key)
         self._runs.pop(key, None)
 
     def _recall(self, number: int, tile: _Tile) -> None:

@@ -109,16 +109,16 @@ def plan_chain(graph: GraphSpec, spans: Sequence[TileSpan]) -> Chain:
     Raises:
         PlanError: when a span is not tileable in this graph, lines do not cut every output, or spans are no chain.
     """
-    if len(find_chains(spans)) != 1:
-        raise PlanError(
-            f"expected spans that follow each other without a gap, on as many tiles, got "
-            f"{[span.describe() for span in spans]}; see find_chains"
-        )
     return _plan_chain(ById(graph), tuple(spans))
 
 
 @lru_cache(maxsize=1024)
 def _plan_chain(by_id: ById, spans: tuple[TileSpan, ...]) -> Chain:
+    if len(find_chains(spans)) != 1:
+        raise PlanError(
+            f"expected spans that follow each other without a gap, on as many tiles, got "
+            f"{[span.describe() for span in spans]}; see find_chains"
+        )
     graph = by_id.spec
     tilings = [plan_tiles(graph, span) for span in spans]
     stage = make_stage(graph, Tier.EDGE, range(spans[0].start, spans[-1].stop))

@@ -45,7 +45,7 @@ def choose_tiles(graph: GraphSpec, nodes: Sequence[TileNode], start: int = 0, st
         stop: end of the layers on the edge; None: the model's.
     """
     stop = graph.num_layers if stop is None else stop
-    found = _find_spans(graph, nodes, start, stop)
+    found = dict.fromkeys(_find_spans(graph, nodes, start, stop))
     return min((_as_choice(graph, spans, nodes, start, stop) for spans in found), key=lambda choice: choice.total_s)
 
 

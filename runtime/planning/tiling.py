@@ -72,11 +72,6 @@ class Tiling:
     stage: Stage
     tiles: tuple[Tile, ...]
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Number of tiles along rows and along columns."""
-        return (len(self.span.row_lines) + 1, len(self.span.col_lines) + 1)
-
 
 @dataclass(frozen=True, slots=True)
 class TileableSpan:
